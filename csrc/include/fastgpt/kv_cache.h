@@ -1,0 +1,27 @@
+// Writing keys and values of new tokens into the paged KV cache.
+#pragma once
+#include "fastgpt/device.h"
+#include "fastgpt/tensor_view.h"
+
+namespace fastgpt::kv_cache {
+
+/// Store token i's key and value at slot_mapping[i] = block_id * block_size + offset.
+/// A negative slot is skipped (padding rows of a captured batch).
+struct WriteKvParams {
+  TensorView k;             // [num_tokens, num_kv_heads, head_dim_qk]
+  TensorView v;             // [num_tokens, num_kv_heads, head_dim_v]
+  TensorView slot_mapping;  // int64 [num_tokens]
+  TensorView kv_cache;      // [num_blocks, 2, block_size, num_kv_heads, max(head_dim)], strided
+};
+void write_kv(const WriteKvParams& params, const Stream& stream);
+
+/// The same for multi-head latent attention: one row kv_latent | k_pe per token.
+struct WriteMlaParams {
+  TensorView kv_latent;     // [num_tokens, 512]
+  TensorView k_pe;          // [num_tokens, 64]
+  TensorView slot_mapping;  // int64 [num_tokens]
+  TensorView kv_cache;      // [num_blocks, block_size, 576], strided
+};
+void write_mla(const WriteMlaParams& params, const Stream& stream);
+
+}  // namespace fastgpt::kv_cache
