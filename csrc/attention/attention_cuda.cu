@@ -1,0 +1,154 @@
+#include <algorithm>
+
+#include "attention/cuda_kernels.h"
+#include "attention/kernels.h"
+#include "device/launch.cuh"
+#include "device/pack.cuh"
+#include "fastgpt/check.h"
+
+namespace fastgpt::attention {
+namespace {
+
+constexpr int kGqaCtas = 3;               // CTAs that share a multiprocessor: 64 KiB each
+constexpr int kMlaCtas = 2;               // 82 KiB each
+constexpr std::int64_t kMaxWaves = 4;     // more splits than this only feed combine_splits
+constexpr std::int64_t kMinKeys = 128;    // per split of the longest sequence
+constexpr std::int64_t kSetupKeys = 128;  // what starting and ending a CTA costs, in keys
+constexpr int kRowsPerCta = 16;
+
+// Splits that minimize waves * (keys of a split + set-up) for `ctas` CTAs per split.
+std::int64_t choose_num_splits(std::int64_t ctas, std::int64_t slots, std::int64_t max_seq_len) {
+  const std::int64_t limit = std::min((max_seq_len + kMinKeys - 1) / kMinKeys,
+                                      kMaxWaves * slots / std::max<std::int64_t>(ctas, 1));
+  std::int64_t best = 1;
+  std::int64_t best_cost = 0;
+  for (std::int64_t s = 1; s <= std::max<std::int64_t>(limit, 1); ++s) {
+    const std::int64_t waves = (ctas * s + slots - 1) / slots;
+    const std::int64_t cost = waves * ((max_seq_len + s - 1) / s + kSetupKeys);
+    if (s == 1 || cost < best_cost) {
+      best = s;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// Split the keys of decoded requests as far as the workspace reaches.
+void plan_splits(PagedArgs& args, const TensorView& workspace, std::int64_t ctas, int ctas_per_sm,
+                 std::int64_t max_seq_len, const Stream& stream) {
+  args.num_splits = 1;
+  args.tokens_per_req = std::min(args.max_seqlen_q, kMaxDecodeTokens);
+  if (!workspace) return;
+  FASTGPT_CHECK(reinterpret_cast<std::uintptr_t>(workspace.data) % 16 == 0,
+                "workspace is not aligned to 16 bytes");
+  const std::int64_t rows =
+      std::int64_t(args.num_reqs) * args.tokens_per_req * std::int64_t(args.num_heads);
+  const std::int64_t row_bytes = (std::int64_t(args.head_dim_v) + 1) * 4;
+  const std::int64_t slots = std::int64_t(device::num_multiprocessors(stream.device)) * ctas_per_sm;
+  const std::int64_t splits =
+      std::min(choose_num_splits(ctas, slots, max_seq_len), workspace.size(0) / (rows * row_bytes));
+  if (splits < 2) return;
+  args.num_splits = int(splits);
+  args.partial = workspace.as<float>();
+  args.partial_lse = args.partial + splits * rows * args.head_dim_v;
+}
+
+// What both operations fill in the same way.
+template <class Params>
+PagedArgs common_args(const Params& p) {
+  PagedArgs args{};
+  args.q = p.q.data;
+  args.q_token_stride = p.q.stride(0);
+  args.q_head_stride = p.q.stride(1);
+  args.kv = p.kv_cache.data;
+  args.block_stride = p.kv_cache.stride(0);
+  args.block_tables = p.block_tables.template as<int>();
+  args.table_stride = p.block_tables.stride(0);
+  args.cu_seqlens_q = p.cu_seqlens_q.template as<int>();
+  args.seq_lens = p.seq_lens.template as<int>();
+  args.out = p.out.data;
+  args.out_token_stride = p.out.stride(0);
+  args.out_head_stride = p.out.stride(1);
+  args.num_reqs = int(p.seq_lens.size(0));
+  args.num_tokens = int(p.q.size(0));
+  args.num_heads = int(p.q.size(1));
+  args.head_dim_qk = int(p.q.size(2));
+  args.head_dim_v = int(p.out.size(2));
+  FASTGPT_CHECK(p.max_seqlen_q >= 1 && p.max_seq_len >= 0, "max_seqlen_q is ", p.max_seqlen_q,
+                " and max_seq_len ", p.max_seq_len, "; expected at least 1 and 0");
+  FASTGPT_CHECK(args.num_reqs <= 65535, "the batch has ", args.num_reqs,
+                " requests; expected at most 65535");
+  // A query longer than the batch cannot be, and the bound keeps row counts in 32 bits.
+  args.max_seqlen_q = int(std::min<std::int64_t>(p.max_seqlen_q, args.num_tokens));
+  FASTGPT_CHECK(std::int64_t(args.max_seqlen_q) * args.num_heads < (std::int64_t(1) << 31),
+                "max_seqlen_q is ", args.max_seqlen_q, " with ", args.num_heads,
+                " heads; split the prefill into chunks");
+  args.scale = p.scale;
+  return args;
+}
+
+bool fits_tensor_cores(const TensorView& q, const TensorView& kv_cache, const TensorView& out,
+                       const Stream& stream) {
+  return q.dtype == kv_cache.dtype && has_tensor_cores(q.dtype, stream) &&
+         device::rows_aligned(q, 8) && device::rows_aligned(kv_cache, 8) &&
+         device::rows_aligned(out, 8);
+}
+
+}  // namespace
+
+void attention_cuda(const AttentionParams& p, const Stream& stream) {
+  PagedArgs args = common_args(p);
+  args.value_offset = p.kv_cache.stride(1);
+  args.slot_stride = p.kv_cache.stride(2);
+  args.kv_head_stride = p.kv_cache.stride(3);
+  args.block_size = int(p.kv_cache.size(2));
+  args.num_kv_heads = int(p.kv_cache.size(3));
+  args.group = args.num_heads / args.num_kv_heads;
+  const bool is_known = args.head_dim_qk <= 256 && args.head_dim_v <= args.head_dim_qk;
+  if (!is_known || !fits_tensor_cores(p.q, p.kv_cache, p.out, stream)) {
+    return launch_fma(args, p.q.dtype, p.kv_cache.dtype, stream);
+  }
+  if (args.max_seqlen_q > kMaxDecodeTokens) {
+    // One request needs no second launch for the short ones.
+    args.min_q_len = args.num_reqs == 1 ? 0 : kMaxDecodeTokens + 1;
+    launch_prefill(args, p.q.dtype, stream);
+    if (args.num_reqs == 1) return;
+  }
+  const std::int64_t tokens = std::min(args.max_seqlen_q, kMaxDecodeTokens);
+  const std::int64_t row_tiles = (tokens * args.group + kRowsPerCta - 1) / kRowsPerCta;
+  plan_splits(args, p.workspace, row_tiles * args.num_kv_heads * args.num_reqs, kGqaCtas,
+              p.max_seq_len, stream);
+  launch_decode(args, p.q.dtype, stream);
+  if (args.num_splits > 1) launch_combine(args, p.q.dtype, stream);
+}
+
+void mla_attention_cuda(const MlaAttentionParams& p, const Stream& stream) {
+  PagedArgs args = common_args(p);
+  args.slot_stride = p.kv_cache.stride(1);
+  args.block_size = int(p.kv_cache.size(1));
+  args.num_kv_heads = 1;
+  args.group = args.num_heads;
+  const bool is_known = args.head_dim_qk == 576 && args.head_dim_v == 512;
+  if (!is_known || !fits_tensor_cores(p.q, p.kv_cache, p.out, stream)) {
+    return launch_fma(args, p.q.dtype, p.kv_cache.dtype, stream);
+  }
+  const std::int64_t tokens = std::min(args.max_seqlen_q, kMaxDecodeTokens);
+  const std::int64_t row_tiles = (tokens * args.num_heads + kRowsPerCta - 1) / kRowsPerCta;
+  plan_splits(args, p.workspace, row_tiles * args.num_reqs, kMlaCtas, p.max_seq_len, stream);
+  launch_mla(args, p.q.dtype, stream);
+  if (args.num_splits > 1) launch_combine(args, p.q.dtype, stream);
+}
+
+std::int64_t attention_workspace_bytes_cuda(std::int64_t num_tokens, std::int64_t num_heads,
+                                            std::int64_t head_dim_v, std::int64_t max_seq_len) {
+  int device = 0;
+  FASTGPT_CUDA_TRY(cudaGetDevice(&device));
+  // A CTA serves at most 16 rows and choose_num_splits asks for at most kMaxWaves waves of them.
+  const std::int64_t max_rows =
+      kMaxWaves * device::num_multiprocessors(device) * kGqaCtas * kRowsPerCta;
+  const std::int64_t max_splits = (max_seq_len + kMinKeys - 1) / kMinKeys;
+  const std::int64_t rows = std::min(num_tokens * num_heads * max_splits, max_rows);
+  return rows * (head_dim_v + 1) * 4;
+}
+
+}  // namespace fastgpt::attention

@@ -1,0 +1,267 @@
+#include "attention/paged.cuh"
+#include "device/launch.cuh"
+#include "device/pack.cuh"
+#include "device/types.cuh"
+#include "fastgpt/check.h"
+
+namespace fastgpt::attention {
+namespace {
+
+constexpr int kRows = 16;      // query rows of a CTA: the M of one mma
+constexpr int kTileKeys = 16;  // keys of a warp's tile: the K of one mma
+
+template <int D>
+struct DecodeShape {
+  static constexpr int kWarps = D > 128 ? 2 : 4;
+  static constexpr int kTileElements = kTileKeys * D;
+  static constexpr int kStages = 64 * 1024 / (kWarps * 2 * kTileElements * 2);
+  static constexpr int kMergeStride = D + 8;  // floats; the pad keeps a quad's stores apart
+  static constexpr int kStageBytes = kWarps * kStages * 2 * kTileElements * 2;
+  static constexpr int kMergeBytes = kWarps * kRows * (kMergeStride + 2) * 4;
+  static constexpr int kBytes = kStageBytes > kMergeBytes ? kStageBytes : kMergeBytes;
+  static_assert(kStages >= 2 && kBytes <= 64 << 10, "sm_75 has 64 KiB");
+};
+
+// One CTA owns one split of the keys of one kv head for 16 query rows: the heads of the group are
+// packed with the tokens, row = token * group + head, so that a key is loaded once for all of
+// them. Its warps take tiles of 16 keys in turn,
+//
+//   keys  | w0 | w1 | w2 | w3 | w0 | w1 | ...
+//
+// each with its own pipeline and its own softmax: no barrier until the warps merge at the end.
+// Rejected: all warps on one tile, which costs two barriers per tile.
+// Grid: (num_splits, row tiles * num_kv_heads, num_reqs).
+template <class T, int D>
+__global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
+    decode_kernel(const __grid_constant__ PagedArgs args) {
+#if __CUDA_ARCH__ < 800
+  if constexpr (!std::is_same_v<T, __half>) {
+    return;  // has_tensor_cores keeps this dtype away
+  } else
+#endif
+  {
+    using Shape = DecodeShape<D>;
+    constexpr int kWarps = Shape::kWarps;
+    constexpr int kStages = Shape::kStages;
+    extern __shared__ __align__(128) unsigned char shared[];
+
+    const int warp = int(threadIdx.x / 32);
+    const int lane = int(threadIdx.x % 32);
+    const int kv_head = int(blockIdx.y) % args.num_kv_heads;
+    const int first_row = int(blockIdx.y) / args.num_kv_heads * kRows;
+    const int split = int(blockIdx.x);
+    const int req = int(blockIdx.z);
+    const RequestView request = request_view(args, req);
+    const int num_rows = request.q_len * args.group;
+    if (request.q_len > kMaxDecodeTokens || first_row >= num_rows) return;
+    const KeyRange range = split_range(request, args.num_splits, split);
+    if (split >= range.num_active) return;
+    const int last_token = min((first_row + kRows - 1) / args.group, request.q_len - 1);
+    const int end = min(range.end, request.num_keys(last_token));
+    const int num_tiles = end > range.begin ? (end - range.begin + kTileKeys - 1) / kTileKeys : 0;
+
+    const T* kv = static_cast<const T*>(args.kv) + kv_head * args.kv_head_stride;
+    T* tiles = reinterpret_cast<T*>(shared) + warp * kStages * 2 * Shape::kTileElements;
+    const auto fetch_block = [&](int tile) {
+      const int key = range.begin + tile * kTileKeys + lane;
+      return lane < kTileKeys && key < end ? request.block_table[key / args.block_size] : -1;
+    };
+    const auto start_copy = [&](int tile, int stage, int block) {
+      if (tile < num_tiles) {
+        const int key = range.begin + tile * kTileKeys + lane;
+        const std::int64_t offset =
+            block < 0 ? -1 : block * args.block_stride + key % args.block_size * args.slot_stride;
+        T* k_tile = tiles + stage * 2 * Shape::kTileElements;
+        copy_rows_async<D, kTileKeys>(k_tile, 0, kv, offset, args.head_dim_qk);
+        copy_rows_async<D, kTileKeys>(k_tile + Shape::kTileElements, 0, kv + args.value_offset,
+                                      offset, args.head_dim_v);
+      }
+      device::commit_async_copies();
+    };
+    // The block id is loaded an iteration before its tile is copied, so the copy never waits.
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+      start_copy(warp + s * kWarps, s, fetch_block(warp + s * kWarps));
+    }
+    int next_block = fetch_block(warp + (kStages - 1) * kWarps);
+
+    std::uint32_t q[D / 16][4];
+    int limit[2];  // keys each of this thread's rows may see
+    {
+      const T* row_start[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = first_row + lane / 4 + r * 8;
+        const int token = row / args.group;
+        const bool valid = row < num_rows;
+        limit[r] = valid ? request.num_keys(token) : 0;
+        row_start[r] = valid ? static_cast<const T*>(args.q) +
+                                   (request.first_token + token) * args.q_token_stride +
+                                   (kv_head * args.group + row % args.group) * args.q_head_stride
+                             : nullptr;
+      }
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        const int column = k * 16 + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          q[k][i] = load_query_pair(row_start[i % 2], column + i / 2 * 8, args.head_dim_qk);
+        }
+      }
+    }
+
+    float out[D / 8][4] = {};
+    SoftmaxRows softmax;
+    const float scale_log2 = args.scale * kLog2e;
+    int stage = 0;
+    for (int tile = warp; tile < num_tiles; tile += kWarps) {
+      const int ahead = tile + (kStages - 1) * kWarps;
+      start_copy(ahead, stage == 0 ? kStages - 1 : stage - 1, next_block);
+      next_block = fetch_block(ahead + kWarps);
+      device::wait_async_copies<kStages - 1>();
+      __syncwarp();
+      const T* k_tile = tiles + stage * 2 * Shape::kTileElements;
+      const T* v_tile = k_tile + Shape::kTileElements;
+
+      float s[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        std::uint32_t b[4];
+        device::load_matrix_x4(
+            b, device::shared_address(k_tile + tile_index<D>((lane & 7) + ((lane >> 4) << 3),
+                                                             k * 2 + ((lane >> 3) & 1))));
+        device::mma_m16n8k16<T>(s[0], q[k], b[0], b[1]);
+        device::mma_m16n8k16<T>(s[1], q[k], b[2], b[3]);
+      }
+      const int first_key = range.begin + tile * kTileKeys + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (first_key + n * 8 + e % 2 >= limit[e / 2]) s[n][e] = -INFINITY;
+        }
+      }
+      float factor[2];
+      softmax.update(s, scale_log2, factor);
+      if (__any_sync(~0U, factor[0] != 1.0F || factor[1] != 1.0F)) {
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
+        }
+      }
+      const std::uint32_t p[4] = {
+          device::pack_pair<T>(s[0][0], s[0][1]), device::pack_pair<T>(s[0][2], s[0][3]),
+          device::pack_pair<T>(s[1][0], s[1][1]), device::pack_pair<T>(s[1][2], s[1][3])};
+#pragma unroll
+      for (int n = 0; n < D / 16; ++n) {
+        std::uint32_t b[4];
+        device::load_matrix_x4_transposed(
+            b, device::shared_address(v_tile + tile_index<D>(lane & 15, n * 2 + (lane >> 4))));
+        device::mma_m16n8k16<T>(out[2 * n], p, b[0], b[1]);
+        device::mma_m16n8k16<T>(out[2 * n + 1], p, b[2], b[3]);
+      }
+      __syncwarp();  // the next copy overwrites this stage
+      stage = stage == kStages - 1 ? 0 : stage + 1;
+    }
+    softmax.finish();
+    device::wait_async_copies<0>();
+    __syncthreads();
+
+    // Merge the warps: shared memory now holds [warp][row][column] and each row's maximum and sum.
+    float* merge = reinterpret_cast<float*>(shared);
+    float* maxima = merge + kWarps * kRows * Shape::kMergeStride;
+    float* sums = maxima + kWarps * kRows;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = warp * kRows + lane / 4 + r * 8;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        *reinterpret_cast<float2*>(merge + row * Shape::kMergeStride + n * 8 + lane % 4 * 2) =
+            make_float2(out[n][2 * r], out[n][2 * r + 1]);
+      }
+      if (lane % 4 == 0) {
+        maxima[row] = softmax.maximum[r];
+        sums[row] = softmax.sum[r];
+      }
+    }
+    __syncthreads();
+    const int quads = args.head_dim_v / 4;
+    for (int i = int(threadIdx.x); i < kRows * quads; i += kWarps * 32) {
+      const int row = i / quads;
+      const int column = i % quads * 4;
+      if (first_row + row >= num_rows) break;
+      float top = -INFINITY;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) top = fmaxf(top, maxima[w * kRows + row]);
+      const float base = top == -INFINITY ? 0.0F : top;
+      float sum = 0.0F;
+      float4 total = {};
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float weight = exp2f((maxima[w * kRows + row] - base) * scale_log2);
+        const float4 part = *reinterpret_cast<const float4*>(
+            merge + (w * kRows + row) * Shape::kMergeStride + column);
+        sum += weight * sums[w * kRows + row];
+        total.x += weight * part.x;
+        total.y += weight * part.y;
+        total.z += weight * part.z;
+        total.w += weight * part.w;
+      }
+      const float inv = sum > 0.0F ? 1.0F / sum : 0.0F;
+      const int token = (first_row + row) / args.group;
+      const int head = kv_head * args.group + (first_row + row) % args.group;
+      if (range.num_active == 1) {
+        device::Pack<T, 4> pack;
+        pack.values[0] = device::from_float<T>(total.x * inv);
+        pack.values[1] = device::from_float<T>(total.y * inv);
+        pack.values[2] = device::from_float<T>(total.z * inv);
+        pack.values[3] = device::from_float<T>(total.w * inv);
+        device::store_pack(static_cast<T*>(args.out) +
+                               (request.first_token + token) * args.out_token_stride +
+                               head * args.out_head_stride + column,
+                           pack);
+      } else {
+        const std::int64_t slot = partial_row(args, split, req, token, head);
+        *reinterpret_cast<float4*>(args.partial + slot * args.head_dim_v + column) =
+            make_float4(total.x * inv, total.y * inv, total.z * inv, total.w * inv);
+        if (column == 0) args.partial_lse[slot] = natural_lse(top, sum, args.scale);
+      }
+    }
+  }
+}
+
+template <class T, int D>
+void launch(const PagedArgs& args, const Stream& stream) {
+  using Shape = DecodeShape<D>;
+  device::allow_shared_bytes<decode_kernel<T, D>>(Shape::kBytes, stream.device);
+  const int q_len = args.max_seqlen_q < kMaxDecodeTokens ? args.max_seqlen_q : kMaxDecodeTokens;
+  const int row_tiles = (q_len * args.group + kRows - 1) / kRows;
+  const dim3 grid(unsigned(args.num_splits), unsigned(row_tiles * args.num_kv_heads),
+                  unsigned(args.num_reqs));
+  decode_kernel<T, D>
+      <<<grid, Shape::kWarps * 32, Shape::kBytes, static_cast<cudaStream_t>(stream.handle)>>>(args);
+  FASTGPT_CUDA_TRY(cudaGetLastError());
+}
+
+template <class T>
+void launch_dtype(const PagedArgs& args, const Stream& stream) {
+  if (args.head_dim_qk <= 64) return launch<T, 64>(args, stream);
+  if (args.head_dim_qk <= 128) return launch<T, 128>(args, stream);
+  launch<T, 256>(args, stream);
+}
+
+}  // namespace
+
+void launch_decode(const PagedArgs& args, DType dtype, const Stream& stream) {
+  if (dtype == DType::kF16) return launch_dtype<__half>(args, stream);
+  launch_dtype<__nv_bfloat16>(args, stream);
+}
+
+bool has_tensor_cores(DType dtype, const Stream& stream) {
+  if (dtype == DType::kF16) return true;
+  return dtype == DType::kBF16 &&
+         device::compiled_arch<decode_kernel<__nv_bfloat16, 64>>(stream.device) >= 80;
+}
+
+}  // namespace fastgpt::attention

@@ -1,0 +1,7 @@
+#include "attention/tile_kernel.h"
+
+namespace fastgpt::attention {
+
+void attend_tile_avx2(const Tile& tile, float* scratch) { attend_tile(tile, scratch); }
+
+}  // namespace fastgpt::attention

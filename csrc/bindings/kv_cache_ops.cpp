@@ -1,0 +1,41 @@
+#include "bindings/stable.h"
+#include "fastgpt/kv_cache.h"
+
+namespace fastgpt::bindings {
+namespace {
+
+void write_kv(const Tensor& k, const Tensor& v, const Tensor& slot_mapping,
+              const Tensor& kv_cache) {
+  guarded([&] {
+    check_same_device(k, {&v, &slot_mapping, &kv_cache});
+    kv_cache::write_kv({view(k), view(v), view(slot_mapping), view(kv_cache)}, stream_of(k));
+  });
+}
+
+void write_mla(const Tensor& kv_latent, const Tensor& k_pe, const Tensor& slot_mapping,
+               const Tensor& kv_cache) {
+  guarded([&] {
+    check_same_device(kv_latent, {&k_pe, &slot_mapping, &kv_cache});
+    kv_cache::write_mla({view(kv_latent), view(k_pe), view(slot_mapping), view(kv_cache)},
+                        stream_of(kv_latent));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastgpt, m) {
+  m.def("write_kv(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) kv_cache) -> ()");
+  m.def("write_mla(Tensor kv_latent, Tensor k_pe, Tensor slot_mapping, Tensor(a!) kv_cache) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("write_kv", TORCH_BOX(&write_kv));
+  m.impl("write_mla", TORCH_BOX(&write_mla));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
+  m.impl("write_kv", TORCH_BOX(&write_kv));
+  m.impl("write_mla", TORCH_BOX(&write_mla));
+}
+
+}  // namespace fastgpt::bindings

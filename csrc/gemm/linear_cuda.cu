@@ -1,0 +1,117 @@
+#include "gemm/kernels.h"
+#include "gemm/layout.cuh"
+#include "gemm/products.cuh"
+#include "gemm/simt.cuh"
+
+namespace fastgpt::gemm {
+namespace {
+
+bool aligned_16(const void* data, std::int64_t stride_bytes) {
+  return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
+}
+
+bool is_half(DType dtype) { return dtype == DType::kF16 || dtype == DType::kBF16; }
+
+void set_weight(ProductArgs& args, const WeightView& weight, bool stacked) {
+  args.packed = weight.packed.as<std::uint8_t>();
+  args.scale = weight.scale.data;
+  args.zero_point = weight.zero_point.as<std::uint8_t>();
+  args.weight_dtype = weight.packed.dtype;
+  const int bytes = dtype_bytes(weight.packed.dtype);
+  if (weight.format == WeightFormat::kDense) {
+    args.weight_row_bytes = weight.packed.stride(-2) * bytes;
+  } else if (weight.format == WeightFormat::kFp8) {
+    args.block_scale = weight.scale.ndim == (stacked ? 3 : 2);
+  } else {
+    args.group_size = arranged_group_size(weight.group_size);
+  }
+  if (!stacked) return;
+  args.weight_batch_bytes = weight.packed.stride(0) * bytes;
+  if (weight.scale)
+    args.scale_batch_bytes = weight.scale.stride(0) * dtype_bytes(weight.scale.dtype);
+  if (weight.zero_point) args.zero_batch_bytes = weight.zero_point.stride(0);
+}
+
+// Tensor cores multiply 16-bit x; what they cannot take goes to the CUDA cores.
+void product(ProductArgs& args, WeightFormat format, int num_batches, cudaStream_t stream) {
+  args.x_aligned = aligned_16(args.x, args.x_stride * dtype_bytes(args.x_dtype)) &&
+                   args.x_batch_stride * dtype_bytes(args.x_dtype) % 16 == 0;
+  args.weight_aligned = aligned_16(args.packed, args.weight_row_bytes) && args.k % 8 == 0 &&
+                        args.weight_batch_bytes % 16 == 0;
+  const device::Traits& traits = device::current_traits();
+  if (traits.arch < 80 || !is_half(args.x_dtype)) {
+    return simt_product(args, format, num_batches, stream);
+  }
+  switch (format) {
+    case WeightFormat::kInt4:
+      return int4_product(args, num_batches, traits, stream);
+    case WeightFormat::kFp8:
+      return fp8_product(args, num_batches, traits, stream);
+    case WeightFormat::kDense:
+      if (!args.weight_aligned || !is_half(args.weight_dtype)) {
+        return simt_product(args, format, num_batches, stream);
+      }
+      return args.weight_dtype == args.x_dtype ? dense_product(args, num_batches, traits, stream)
+                                               : mixed_product(args, num_batches, traits, stream);
+  }
+}
+
+}  // namespace
+
+void linear_cuda(const LinearParams& p, const Stream& stream) {
+  ProductArgs args{};
+  args.x = p.x.data;
+  args.x_dtype = p.x.dtype;
+  args.x_stride = p.x.stride(0);
+  args.bias = p.bias.data;
+  args.bias_dtype = p.bias.dtype;
+  args.out = p.out.data;
+  args.out_dtype = p.out.dtype;
+  args.out_stride = p.out.stride(0);
+  args.num_rows = p.x.size(0);
+  args.n = p.out.size(1);
+  args.k = p.x.size(1);
+  set_weight(args, p.weight, false);
+  if (args.num_rows == 0 || args.n == 0) return;
+  product(args, p.weight.format, 1, static_cast<cudaStream_t>(stream.handle));
+}
+
+void grouped_linear_cuda(const GroupedLinearParams& p, const Stream& stream) {
+  ProductArgs args{};
+  args.x = p.x.data;
+  args.x_dtype = p.x.dtype;
+  args.x_stride = p.x.stride(0);
+  args.out = p.out.data;
+  args.out_dtype = p.out.dtype;
+  args.out_stride = p.out.stride(0);
+  args.num_rows = p.sorted_rows.size(0);
+  args.n = p.out.size(1);
+  args.k = p.x.size(1);
+  args.sorted_rows = p.sorted_rows.as<std::int32_t>();
+  args.offsets = p.offsets.as<std::int32_t>();
+  args.rows_per_token = p.rows_per_token;
+  args.num_experts = int(p.offsets.size(0) - 1);
+  set_weight(args, p.weight, true);
+  if (args.num_rows == 0 || args.n == 0) return;
+  product(args, p.weight.format, 1, static_cast<cudaStream_t>(stream.handle));
+}
+
+void batched_linear_cuda(const BatchedLinearParams& p, const Stream& stream) {
+  ProductArgs args{};
+  args.x = p.x.data;
+  args.x_dtype = p.x.dtype;
+  args.x_stride = p.x.stride(0);
+  args.x_batch_stride = p.x.stride(1);
+  args.out = p.out.data;
+  args.out_dtype = p.out.dtype;
+  args.out_stride = p.out.stride(0);
+  args.out_batch_stride = p.out.stride(1);
+  args.num_rows = p.x.size(0);
+  args.n = p.out.size(2);
+  args.k = p.x.size(2);
+  set_weight(args, {WeightFormat::kDense, p.weight, {}, {}, 0}, true);
+  if (args.num_rows == 0 || args.n == 0 || p.x.size(1) == 0) return;
+  product(args, WeightFormat::kDense, int(p.x.size(1)), static_cast<cudaStream_t>(stream.handle));
+}
+
+}  // namespace fastgpt::gemm

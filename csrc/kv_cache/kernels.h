@@ -1,0 +1,13 @@
+// What the dispatch files of this family call.
+#pragma once
+#include "fastgpt/kv_cache.h"
+
+namespace fastgpt::kv_cache {
+
+void write_kv_cpu(const WriteKvParams& params);
+void write_kv_cuda(const WriteKvParams& params, const Stream& stream);
+
+void write_mla_cpu(const WriteMlaParams& params);
+void write_mla_cuda(const WriteMlaParams& params, const Stream& stream);
+
+}  // namespace fastgpt::kv_cache
