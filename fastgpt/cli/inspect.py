@@ -1,0 +1,79 @@
+"""`fastgpt inspect`: what a model file or directory holds."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A FastGPT file or a Hugging Face directory.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Print the report as JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every tensor's bytes.")] = False,
+) -> None:
+    """Print what a model file holds."""
+    from fastgpt.checkpoint import Container, open_checkpoint
+    from fastgpt.quant import render_report
+    from fastgpt.units import format_bytes
+
+    checkpoint = open_checkpoint(path)
+    container = checkpoint if isinstance(checkpoint, Container) else None
+    if report:
+        typer.echo(json.dumps(container.metadata.report if container else {}, indent=2))
+        return
+    config = checkpoint.config or {}
+    names = checkpoint.names()
+    _line("file", f"{path}")
+    if container:
+        size = path.stat().st_size
+        version = container.metadata.format_version
+        _line("size", f"{size:,} bytes, header {format_bytes(container.header_bytes)}")
+        _line("format version", version)
+    _line("model", ", ".join(config.get("architectures") or ["a module of another library"]))
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        if key in config:
+            _line(key, config[key])
+    _line("tensors", len(names))
+    _line("multi-token prediction", _mtp(config, names))
+    _line("tokenizer", "yes" if checkpoint.tokenizer_json else "none: serves token ids only")
+    _line("chat template", "yes" if checkpoint.chat_template else "none")
+    _line("generation config", json.dumps(checkpoint.generation_config))
+    if container:
+        _line("policy", json.dumps(container.metadata.policy))
+        typer.echo("\n" + render_report(container.metadata.report))
+    if tensors:
+        typer.echo("")
+        for name in names:
+            typer.echo(f"{name}  {_describe(checkpoint, name)}")
+    if verify:
+        for name in names:
+            checkpoint.read(name)
+        typer.echo(f"all {len(names)} tensors match their checksums")
+
+
+def _line(key: str, value: Any) -> None:
+    typer.echo(f"{key + ':':24}{value}")
+
+
+def _mtp(config: dict[str, Any], names: list[str]) -> str:
+    from fastgpt.models.registry import family
+    from fastgpt.quant.sources import is_known
+
+    if not is_known(config):
+        return "none"
+    kind = family(config)
+    parsed = kind.parse_config(config)
+    count = sum(kind.is_mtp(parsed, name) for name in names)
+    return f"{count} weights, kept, not loaded" if count else "none"
+
+
+def _describe(checkpoint: Any, name: str) -> str:
+    from fastgpt.scheme import QuantizedTensor
+
+    stored = checkpoint.read(name)
+    kind = stored.format if isinstance(stored, QuantizedTensor) else stored.dtype
+    return f"{list(stored.shape)} {str(kind).removeprefix('torch.')}"

@@ -1,0 +1,68 @@
+"""`fastgpt quantize`: a checkpoint in, one file out."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastgpt.errors import ConfigError
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    source: Annotated[
+        str, typer.Argument(help="Hugging Face directory, FastGPT file, or state-dict .pt.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as m.pt.")],
+    policy: Annotated[
+        str, typer.Option(help="four-tier, fp8, int4, or a YAML or JSON file.")
+    ] = "four-tier",
+    sensitive: Annotated[
+        list[str] | None, typer.Option(help="Name, or dotted part of one, that stays fp16.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Directory with tokenizer.json; default: the source's.")
+    ] = None,
+    model_config: Annotated[
+        str | None, typer.Option(help="config.json of a state-dict .pt; default: beside it.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda:0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, write nothing.")] = False,
+) -> None:
+    """Quantize a model into one file."""
+    from fastgpt.quant import Quantizer
+
+    quantizer = Quantizer(
+        source,
+        _read_policy(policy),
+        tokenizer=tokenizer,
+        sensitive=sensitive or (),
+        device=device,
+        model_config=model_config,
+    )
+    if dry_run:
+        typer.echo(str(quantizer.dry_run()))
+        return
+    quantizer.write(output)
+    typer.echo(f"wrote {output}, {output.stat().st_size:,} bytes")
+
+
+def _read_policy(value: str) -> dict[str, Any] | str:
+    """Return a preset's name as it is, a file's content otherwise."""
+    path = Path(value)
+    if path.suffix not in {".yaml", ".yml", ".json"}:
+        return value
+    import yaml
+
+    try:
+        content = path.read_text("utf-8")
+        parsed = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
+    except OSError as error:
+        raise ConfigError(f"policy file {path} cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"policy file {path} cannot be parsed: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"policy file {path} holds no mapping from roles to formats")
+    return parsed

@@ -1,0 +1,426 @@
+"""The engine: requests in, tokens out, one step after another."""
+
+import asyncio
+import itertools
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastgpt import _C
+from fastgpt.engine.batch import InputBuffers
+from fastgpt.engine.block_manager import BlockManager, num_blocks_for
+from fastgpt.engine.cache import plan_num_blocks
+from fastgpt.engine.loading import EngineModel, LoadedModel, load_model
+from fastgpt.engine.runner import Runner, measure_activation_bytes
+from fastgpt.engine.sampler import Sampler
+from fastgpt.engine.scheduler import Scheduler
+from fastgpt.engine.text_stream import StepOutput, StreamPiece, TextStream
+from fastgpt.errors import RequestError
+from fastgpt.logging import get_logger
+from fastgpt.request import (
+    Limits,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    check_request,
+)
+from fastgpt.tokenizer import Tokenizer
+
+__all__ = ["Engine", "EngineStats", "StepOutput", "StreamPiece"]
+
+_logger = get_logger(__name__)
+
+# What CUDA graphs and cuBLAS-like libraries take from the driver beside the pool.
+_GRAPH_RESERVE_BYTES = 256 << 20
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine's figures at one moment; counters run from the start.
+
+    Attributes:
+        num_running, num_waiting: requests.
+        num_blocks, num_free_blocks: KV blocks of block_size tokens.
+        num_preemptions, num_steps, num_prompt_tokens, num_generated_tokens: counters.
+        busy_s: seconds in which a step was being computed.
+        pool: the memory pool's figures.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    block_size: int
+    num_preemptions: int
+    num_steps: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    busy_s: float
+    pool: dict[str, Any]
+
+
+class Engine:
+    """Serves one model in this process.
+
+    `add_request`, `abort` and `stats` may be called from any thread; steps run one at a time.
+
+    Args:
+        model: a container file, a Hugging Face directory, an open Checkpoint, or a Model.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        dtype: auto, float32, bfloat16 or float16, of activations and cache.
+        memory_pool_size: cap of the memory taken: bytes, "24GB", "0.9" (of what is free), "-2GiB".
+        max_batch: most requests running together.
+        max_length: most tokens of one request; lowered to what the model was made for.
+        block_size: tokens of a KV block, 16 to 128.
+        max_batch_tokens: most tokens in one step; None: 512 on the CPU, 4096 on a GPU.
+        min_batch, batch_timeout_s: see Scheduler.
+        num_blocks: KV blocks; None: what memory_pool_size leaves, up to max_batch * max_length.
+        warmup_iterations: empty steps of each batch size before the first request.
+        tokenizer: a Tokenizer or a directory; None: the checkpoint's.
+
+    Raises:
+        ConfigError, CheckpointError, OutOfMemory: at construction, when the model cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        memory_pool_size: str | int | None = None,
+        max_batch: int = 32,
+        max_length: int = 2048,
+        block_size: int = 32,
+        max_batch_tokens: int | None = None,
+        min_batch: int = 1,
+        batch_timeout_s: float = 0.1,
+        num_blocks: int | None = None,
+        warmup_iterations: int = 1,
+        tokenizer: Tokenizer | str | Path | None = None,
+    ) -> None:
+        self.loaded: LoadedModel = load_model(
+            model,
+            device=device,
+            dtype=dtype,
+            memory_pool_size=memory_pool_size,
+            max_length=max_length,
+            tokenizer=tokenizer,
+        )
+        served: EngineModel = self.loaded.model
+        self.tokenizer = self.loaded.tokenizer
+        self.device = self.loaded.device
+        self.max_batch = max_batch
+        self.max_length = max_length
+        if max_length > served.max_position:
+            _logger.warning(
+                "max_length %d lowered to the model's %d positions", max_length, served.max_position
+            )
+            self.max_length = served.max_position
+        if max_batch_tokens is None:
+            max_batch_tokens = 512 if self.device.type == "cpu" else 4096
+        max_batch_tokens = max(max_batch_tokens, max_batch)
+        served.reserve_workspace(max_batch_tokens, self.max_length)
+
+        buffers = InputBuffers(
+            self.device,
+            max_batch=max_batch,
+            max_batch_tokens=max_batch_tokens,
+            max_blocks=num_blocks_for(self.max_length, block_size),
+            block_size=block_size,
+            max_length=self.max_length,
+        )
+        memory = self.loaded.memory
+        history = memory.allocate(
+            (max_batch, served.vocab_size), torch.int32, "engine.token_history"
+        ).zero_()
+        block_shape = tuple(served.kv_layout.block_shape(block_size))
+        if num_blocks is None:
+            block_bytes = served.dtype.itemsize
+            for size in block_shape:
+                block_bytes *= size
+            left_bytes = memory.left_bytes()
+            if self.device.type == "cuda":
+                probe = memory.allocate((1, *block_shape), served.dtype, "engine.kv_probe").zero_()
+                left_bytes -= _GRAPH_RESERVE_BYTES + measure_activation_bytes(
+                    served, buffers, probe, max_batch_tokens
+                )
+                del probe
+                memory.pool.free("engine.kv_probe")
+            num_blocks = plan_num_blocks(
+                left_bytes=left_bytes,
+                block_bytes=block_bytes,
+                max_batch=max_batch,
+                max_length=self.max_length,
+                block_size=block_size,
+            )
+        kv_cache = memory.allocate((num_blocks, *block_shape), served.dtype, "engine.kv_cache")
+        kv_cache.zero_()
+        self.blocks = BlockManager(num_blocks, block_size)
+        self.scheduler = Scheduler(
+            self.blocks,
+            max_batch=max_batch,
+            max_batch_tokens=max_batch_tokens,
+            min_batch=min_batch,
+            batch_timeout_s=batch_timeout_s,
+        )
+        self.runner = Runner(served, kv_cache, buffers, Sampler(history), max_batch=max_batch)
+        self.limits = Limits(served.vocab_size, self.max_length, num_blocks * block_size)
+
+        self._inbox: deque[tuple[Literal["add"], Request] | tuple[Literal["abort"], str]] = deque()
+        self._sinks: dict[str, Callable[[StepOutput], None]] = {}
+        self._lock = threading.Lock()
+        self._ids = itertools.count()
+        self._pump: asyncio.Task[None] | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self.kernels = self._describe_kernels()
+        self._num_steps = 0
+        self._num_prompt_tokens = 0
+        self._num_generated_tokens = 0
+        begin_s = time.monotonic()
+        if warmup_iterations:
+            self.runner.warm_up(max_batch, max_batch_tokens, warmup_iterations)
+        if self.device.type == "cuda":
+            self.runner.capture_graphs(max_batch)
+        self.warm_up_s = time.monotonic() - begin_s
+
+    # -- requests -----------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        on_output: Callable[[StepOutput], None] | None = None,
+    ) -> str:
+        """Queue a request and return its id; the next step sees it.
+
+        Args:
+            prompt: a text, token ids, or chat messages ({"role": …, "content": …}).
+            params: None: the checkpoint's defaults.
+            request_id: None: a new one.
+            on_output: called from the stepping thread with each StepOutput of the request.
+
+        Raises:
+            RequestError: if the request is invalid or can never fit.
+        """
+        token_ids = self.encode(prompt)
+        resolved = (params or SamplingParams()).resolve(self.loaded.generation_config)
+        max_new_tokens = check_request(token_ids, resolved, self.limits)
+        if request_id is None:
+            request_id = f"request-{next(self._ids)}"
+        elif request_id in self.scheduler:
+            raise RequestError(f"request_id {request_id!r} is in use")
+        stop_ids = frozenset(resolved.stop_token_ids)
+        if not resolved.ignore_eos:
+            stop_ids |= self.loaded.eos_ids
+        seed = resolved.seed if resolved.seed is not None else secrets.randbits(63)
+        request = Request(request_id, token_ids, resolved, max_new_tokens, seed, stop_ids)
+        if on_output is not None:
+            self._sinks[request_id] = on_output
+        self._inbox.append(("add", request))
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its blocks are free before the next step. Unknown ids are ignored."""
+        self._inbox.append(("abort", request_id))
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt, with exactly one BOS where the model uses one.
+
+        Raises:
+            RequestError: if it is text and there is no tokenizer, or the chat template refuses it.
+        """
+        items: list[Any] = [] if isinstance(prompt, str) else list(prompt)
+        if not isinstance(prompt, str) and all(isinstance(item, int) for item in items):
+            return items
+        if self.tokenizer is None:
+            raise RequestError("the model file has no tokenizer; send token ids")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt)
+        return self.tokenizer.encode_chat(items)
+
+    def find_request(self, request_id: str) -> Request | None:
+        """Return an unfinished request the scheduler has seen."""
+        return self.scheduler.find(request_id)
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._inbox) or self.scheduler.has_work
+
+    def step(self) -> list[StepOutput]:
+        """Run one step for all requests together; return what each of them got."""
+        with self._lock:
+            ended = self._take_inbox()
+            scheduled = self.scheduler.schedule()
+            inputs = self.runner.build_inputs(scheduled) if scheduled else None
+            token_ids = self.runner.run(inputs) if inputs else []
+            sampled = self.scheduler.complete(scheduled, token_ids)
+            return self._publish(ended, sampled)
+
+    def _take_inbox(self) -> list[StepOutput]:
+        """Admit new requests to the queue and drop aborted ones."""
+        ended = []
+        while self._inbox:
+            message = self._inbox.popleft()
+            if message[0] == "add":
+                self.scheduler.add(message[1])
+                self._num_prompt_tokens += len(message[1].prompt_token_ids)
+            elif (request := self.scheduler.abort(message[1])) is not None:
+                ended.append(StepOutput(request.request_id, [], "abort", request.timings()))
+        return ended
+
+    def _publish(self, ended: list[StepOutput], sampled: list[Request]) -> list[StepOutput]:
+        """Turn the step's result into outputs and hand them to those who wait."""
+        self._num_steps += 1
+        self._num_generated_tokens += len(sampled)
+        outputs = ended + [
+            StepOutput(r.request_id, r.token_ids[-1:], r.finish_reason, r.timings())
+            if r.finish_reason
+            else StepOutput(r.request_id, r.token_ids[-1:])
+            for r in sampled
+        ]
+        for output in outputs:
+            sink = self._sinks.get(output.request_id)
+            if sink is not None:
+                if output.finish_reason:
+                    del self._sinks[output.request_id]
+                sink(output)
+        return outputs
+
+    # -- convenience --------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer all prompts and return their outputs in order; runs the steps itself.
+
+        Args:
+            prompts: one prompt or several; each a text, token ids, or chat messages.
+            params: for all prompts, or one for each.
+
+        Raises:
+            RequestError: if a prompt is invalid; then none is run.
+        """
+        several = _as_prompts(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(several)
+        if len(each) != len(several):
+            raise RequestError(f"{len(several)} prompts and {len(each)} params; expected as many")
+        token_ids = [self.encode(prompt) for prompt in several]
+        for ids, one in zip(token_ids, each, strict=True):
+            check_request(ids, one or SamplingParams(), self.limits)
+        streams = [TextStream(self, ids, one) for ids, one in zip(token_ids, each, strict=True)]
+        try:
+            while not all(stream.finish_reason for stream in streams):
+                self.step()
+        finally:
+            for stream in streams:
+                if not stream.finish_reason:
+                    self.abort(stream.request_id)
+            with self._lock:  # a stop string's abort frees its blocks now, not at the next step
+                self._take_inbox()
+        return [stream.output() for stream in streams]
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncIterator[StreamPiece]:
+        """Yield an answer in pieces of whole characters; leaving the loop aborts the request.
+
+        Steps run in a thread of the engine while any stream is open, so the event loop stays free.
+        """
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[StreamPiece] = asyncio.Queue()
+
+        def put(piece: StreamPiece) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        stream = TextStream(
+            self,
+            self.encode(prompt),
+            params,
+            on_piece=put,
+        )
+        try:
+            while True:
+                self._ensure_pump(loop)
+                getter = asyncio.ensure_future(pieces.get())
+                pump = self._pump
+                assert pump is not None
+                await asyncio.wait({getter, pump}, return_when=asyncio.FIRST_COMPLETED)
+                if not getter.done():
+                    getter.cancel()
+                    pump.result()  # raises what stopped the engine
+                    continue
+                piece = getter.result()
+                if piece.text or piece.finish_reason or self.tokenizer is None:
+                    yield piece
+                if piece.finish_reason:
+                    return
+        finally:
+            if not stream.finish_reason:
+                self.abort(stream.request_id)
+
+    def stats(self) -> EngineStats:
+        """Return the engine's figures."""
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting) + len(self._inbox),
+            num_blocks=self.blocks.num_blocks,
+            num_free_blocks=self.blocks.num_free,
+            block_size=self.blocks.block_size,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            busy_s=self.runner.busy_s,
+            pool=self.loaded.memory.stats(),
+        )
+
+    def _describe_kernels(self) -> str:
+        """Return which kernels compute: the CPU's instruction set or the GPU's architecture."""
+        if self.device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(self.device)
+            return f"cuda sm_{major}{minor}"
+        return f"cpu {_C.cpu_isa()}"
+
+    def _ensure_pump(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._pump is not None and not self._pump.done() and self._pump.get_loop() is loop:
+            return
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="fastgpt-engine")
+        self._pump = loop.create_task(self._run_steps(loop, self._executor))
+
+    async def _run_steps(
+        self, loop: asyncio.AbstractEventLoop, executor: ThreadPoolExecutor
+    ) -> None:
+        def run_for_a_while() -> None:
+            end_s = time.monotonic() + 0.05
+            while self.has_work and time.monotonic() < end_s:
+                self.step()
+
+        while self.has_work:
+            await loop.run_in_executor(executor, run_for_a_while)
+
+
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    """Return a list of prompts for one prompt or several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    return [several] if several and isinstance(several[0], int | dict) else several

@@ -1,0 +1,204 @@
+"""From a path to a model on its device, with tokenizer and memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fastgpt.batch import Batch
+from fastgpt.checkpoint import Checkpoint, open_checkpoint
+from fastgpt.errors import CheckpointError
+from fastgpt.logging import get_logger
+from fastgpt.memory import GPTMemoryPool, device_memory
+from fastgpt.models import registry
+from fastgpt.models.placement import resolve_device, resolve_dtype
+from fastgpt.tokenizer import Tokenizer
+from fastgpt.units import format_bytes, resolve_bytes
+
+__all__ = [
+    "EngineMemory",
+    "EngineModel",
+    "LoadedModel",
+    "load_model",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+
+_logger = get_logger(__name__)
+
+
+class KVLayoutLike(Protocol):
+    """What the engine asks of a model's cache layout."""
+
+    def block_shape(self, block_size: int) -> Sequence[int]:
+        """Return the shape of one KV block of block_size tokens, all layers."""
+
+
+class EngineModel(Protocol):
+    """What the engine asks of a model (`fastgpt.models` has them)."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position(self) -> int: ...
+    @property
+    def kv_layout(self) -> KVLayoutLike: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor: ...
+    def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor: ...
+    def reserve_workspace(self, max_tokens: int, max_seq_len: int) -> None: ...
+
+
+class EngineMemory:
+    """The engine's view of its pool: named tensors that live as long as the engine."""
+
+    def __init__(self, pool: GPTMemoryPool) -> None:
+        self.pool = pool
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:
+        """Return a new tensor of the pool.
+
+        Raises:
+            OutOfMemory: if the budget has no room.
+        """
+        return self.pool.allocate(shape, name, dtype=dtype)
+
+    def left_bytes(self) -> int:
+        """Return the largest single allocation that the budget still allows."""
+        stats = self.pool.stats()
+        return max(stats.largest_free_bytes, stats.budget_bytes - stats.reserved_bytes)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the pool's figures by name."""
+        stats = self.pool.stats()
+        return {name: getattr(stats, name) for name in stats.__dataclass_fields__}
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to serve.
+
+    Attributes:
+        model: the model.
+        name: its file or directory name without suffix.
+        architecture: the first of the config's architectures.
+        device: where it is.
+        memory: its pool.
+        tokenizer: None when the checkpoint carries none.
+        generation_config: the checkpoint's sampling defaults.
+        eos_ids: ids that end a text.
+    """
+
+    model: EngineModel
+    name: str
+    architecture: str
+    device: torch.device
+    memory: EngineMemory
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any]
+    eos_ids: frozenset[int]
+
+
+def make_memory(device: torch.device, memory_pool_size: str | int | None) -> EngineMemory:
+    """Return a pool; one log line when the budget asked for is more than the device has free."""
+    free_bytes, _ = device_memory(device)
+    pool = GPTMemoryPool(device, budget=memory_pool_size)
+    asked = pool.budget_bytes
+    if memory_pool_size is not None:
+        asked = resolve_bytes(memory_pool_size, free_bytes)
+    if asked > max(pool.budget_bytes, free_bytes):
+        _logger.warning(
+            "memory_pool_size %s is more than the %s free; lowered to %s",
+            memory_pool_size,
+            format_bytes(free_bytes),
+            format_bytes(pool.budget_bytes),
+        )
+    return EngineMemory(pool)
+
+
+def load_model(
+    source: Any,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    memory_pool_size: str | int | None = None,
+    max_length: int | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
+) -> LoadedModel:
+    """Return a model on its device, its weights in a new pool.
+
+    Args:
+        source: a path, an open Checkpoint, or a Model, which is taken as it is.
+        device, dtype: see resolve_device, resolve_dtype; a Model's own are kept.
+        memory_pool_size: the pool's budget.
+        max_length: positions the model must know; None: as the checkpoint says.
+        tokenizer: a Tokenizer, a directory, or None for the checkpoint's.
+
+    Raises:
+        CheckpointError: if the file is damaged, or of an unknown architecture.
+        ConfigError, DeviceError, OutOfMemory: if device, dtype or budget do not serve.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = Tokenizer.from_checkpoint(tokenizer)
+    if not isinstance(source, str | Path | Checkpoint):
+        model: EngineModel = source
+        return LoadedModel(
+            model=model,
+            name=type(model).__name__,
+            architecture=type(model).__name__,
+            device=model.device,
+            memory=make_memory(model.device, memory_pool_size),
+            tokenizer=tokenizer,
+            generation_config=tokenizer.generation_config if tokenizer else {},
+            eos_ids=tokenizer.eos_ids if tokenizer else frozenset(),
+        )
+    checkpoint = open_checkpoint(source) if isinstance(source, str | Path) else source
+    if checkpoint.config is None:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a module that is not in fastgpt.models; "
+            "use fastgpt.load(path, into=module)"
+        )
+    family = registry.family(checkpoint.config)
+    config = family.parse_config(checkpoint.config)
+    if tokenizer is None and checkpoint.tokenizer_json is not None:
+        tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    on = resolve_device(device)
+    memory = make_memory(on, memory_pool_size)
+    positions = config.max_position if max_length is None else min(max_length, config.max_position)
+    built = family.build(
+        config,
+        checkpoint.read,
+        on,
+        resolve_dtype(dtype, on, checkpoint.config),
+        memory.allocate,
+        max_position=positions,
+    )
+    architectures = checkpoint.config.get("architectures") or [family.name]
+    generation_config = checkpoint.generation_config or (
+        tokenizer.generation_config if tokenizer else {}
+    )
+    eos = {*_as_ids(checkpoint.config.get("eos_token_id")),
+           *_as_ids(generation_config.get("eos_token_id"))}  # fmt: skip
+    return LoadedModel(
+        model=built,
+        name=Path(checkpoint.path).stem,
+        architecture=str(architectures[0]),
+        device=on,
+        memory=memory,
+        tokenizer=tokenizer,
+        generation_config=generation_config,
+        eos_ids=frozenset(eos) | (tokenizer.eos_ids if tokenizer else frozenset()),
+    )
+
+
+def _as_ids(value: Any) -> list[int]:
+    """Return the ids of a config field that is one id, a list of ids, or absent."""
+    return (
+        [] if value is None else [int(v) for v in (value if isinstance(value, list) else [value])]
+    )

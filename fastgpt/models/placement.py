@@ -1,0 +1,71 @@
+"""Where a model runs and in which type: the meaning of device and dtype `auto`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import env
+from fastgpt.errors import ConfigError, DeviceError
+
+__all__ = ["resolve_device", "resolve_dtype"]
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the device; `auto` is the first GPU unless FASTGPT_FORCE_CPU or none is there.
+
+    Raises:
+        ConfigError: if the text names no device.
+        DeviceError: if the device is not there.
+    """
+    if isinstance(device, str) and device == "auto":
+        use_gpu = torch.cuda.is_available() and not env.flag("FASTGPT_FORCE_CPU")
+        device = "cuda:0" if use_gpu else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; expected auto, cpu, cuda or cuda:N")
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = resolved.index if resolved.index is not None else 0
+        if index >= count:
+            raise DeviceError(
+                f"device is {device}, but {count} CUDA devices are visible; use --device cpu or "
+                "see `fastgpt doctor`"
+            )
+        resolved = torch.device("cuda", index)
+    return resolved
+
+
+def resolve_dtype(
+    dtype: str | torch.dtype, device: torch.device, config: dict[str, Any]
+) -> torch.dtype:
+    """Return the type of activations and cache.
+
+    `auto` is the checkpoint's own on GPUs of compute capability 8.0 and newer, float16 on older
+    ones; on the CPU bfloat16 where the CPU multiplies it (AVX512-BF16), else float32.
+
+    Raises:
+        ConfigError: if the text names no such type.
+    """
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    if dtype != "auto":
+        raise ConfigError(f"dtype is {dtype!r}; expected auto, float32, bfloat16 or float16")
+    if device.type == "cpu":
+        has_bf16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return torch.bfloat16 if has_bf16 and env.cpu_isa() in (None, "avx512") else torch.float32
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float16
+    named = config.get("dtype") or config.get("torch_dtype")
+    return torch.float16 if named == "float16" else torch.bfloat16

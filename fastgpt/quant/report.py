@@ -1,0 +1,140 @@
+"""What quantizing took and cost: bytes by role and format, and the error of every tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastgpt.units import format_bytes
+
+__all__ = ["Report", "render_report"]
+
+_NUM_WORST = 10
+
+
+@dataclass
+class _Row:
+    """Sums over the tensors of one role stored in one format."""
+
+    num_tensors: int = 0
+    num_values: int = 0
+    before_bytes: int = 0
+    after_bytes: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+
+@dataclass
+class Report:
+    """Collects one entry per tensor; `to_json` is what a container carries.
+
+    The error of a tensor is its normalized mean squared error, sum (x - x̂)² / sum x², where x is
+    what was to be stored (a folded weight, not the original) and x̂ what is read back. It is an
+    error of weights, not of the model's answers.
+    """
+
+    rows: dict[tuple[str, str], _Row] = field(default_factory=dict)
+    errors: list[tuple[float, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(
+        self,
+        name: str,
+        *,
+        role: str,
+        fmt: str,
+        num_values: int,
+        before_bytes: int,
+        after_bytes: int,
+        squared_error: float = 0.0,
+        squared_norm: float = 0.0,
+    ) -> None:
+        """Count one stored tensor."""
+        row = self.rows.setdefault((role, fmt), _Row())
+        row.num_tensors += 1
+        row.num_values += num_values
+        row.before_bytes += before_bytes
+        row.after_bytes += after_bytes
+        row.squared_error += squared_error
+        row.squared_norm += squared_norm
+        if squared_error > 0:
+            self.errors.append((squared_error / squared_norm, name))
+            if len(self.errors) > 8 * _NUM_WORST:
+                self.errors = sorted(self.errors, reverse=True)[:_NUM_WORST]
+
+    @property
+    def before_bytes(self) -> int:
+        """Bytes of all weights in the source."""
+        return sum(row.before_bytes for row in self.rows.values())
+
+    @property
+    def after_bytes(self) -> int:
+        """Bytes of all stored parts, scales and padding of rows included."""
+        return sum(row.after_bytes for row in self.rows.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        num_values = sum(row.num_values for row in self.rows.values())
+        return {
+            "before_bytes": self.before_bytes,
+            "after_bytes": self.after_bytes,
+            "num_values": num_values,
+            "bits_per_weight": 8 * self.after_bytes / num_values if num_values else 0.0,
+            "rows": [
+                {
+                    "role": role,
+                    "format": fmt,
+                    "num_tensors": row.num_tensors,
+                    "num_values": row.num_values,
+                    "before_bytes": row.before_bytes,
+                    "after_bytes": row.after_bytes,
+                    "nmse": row.squared_error / row.squared_norm if row.squared_norm else 0.0,
+                }
+                for (role, fmt), row in sorted(self.rows.items())
+            ],
+            "worst": [
+                {"name": name, "nmse": error}
+                for error, name in sorted(self.errors, reverse=True)[:_NUM_WORST]
+            ],
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        """Return the table that `convert` prints."""
+        return render_report(self.to_json())
+
+
+def render_report(report: dict[str, Any]) -> str:
+    """Return a report, as `to_json` gave it, as a table of plain text."""
+    head = ("role", "format", "tensors", "before", "after", "bits/weight", "error (NMSE)")
+    table = [head]
+    for row in report["rows"]:
+        bits = 8 * row["after_bytes"] / row["num_values"] if row["num_values"] else 0.0
+        table.append(
+            (
+                row["role"],
+                row["format"],
+                str(row["num_tensors"]),
+                format_bytes(row["before_bytes"]),
+                format_bytes(row["after_bytes"]),
+                f"{bits:.2f}",
+                f"{100 * row['nmse']:.3g} %" if row["nmse"] else "0",
+            )
+        )
+    before, after = report["before_bytes"], report["after_bytes"]
+    num_tensors = sum(row["num_tensors"] for row in report["rows"])
+    total_bits = f"{report['bits_per_weight']:.2f}"
+    table.append(
+        ("total", "", str(num_tensors), format_bytes(before), format_bytes(after), total_bits, "")
+    )
+    widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+    lines = []
+    for line in table:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    if after:
+        lines.append(f"{before / after:.2f} times smaller")
+    return "\n".join(lines + [f"note: {note}" for note in report["notes"]])

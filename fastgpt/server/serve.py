@@ -1,0 +1,169 @@
+"""Running the server: bind, start the engine, serve, end everything."""
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import dataclass
+
+import uvicorn
+
+from fastgpt.config import ServerConfig
+from fastgpt.errors import ConfigError, FastGPTError
+from fastgpt.logging import get_logger
+from fastgpt.server.app import create_app
+from fastgpt.server.client import EngineClient
+from fastgpt.server.messages import Configure, EngineInfo
+from fastgpt.server.metrics import Metrics
+from fastgpt.server.process import EngineProcess
+
+__all__ = ["ServeOptions", "bind", "run_server"]
+
+_logger = get_logger(__name__)
+
+_GRACE_S = 2  # for answers under way when the server is asked to end
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What to serve: the flags that have no place in the configuration file."""
+
+    model: str
+    tokenizer: str | None
+    device: str
+    dtype: str
+    log_level: str
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        ConfigError: if the address is in use, not ours, or not allowed.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {reason}; choose another --host or --port"
+        ) from error
+    return listener
+
+
+def run_server(
+    config: ServerConfig,
+    options: ServeOptions,
+    engine_module: str = "fastgpt.server.engine_process",
+) -> None:
+    """Serve until SIGINT or SIGTERM; when it returns no process of ours is left.
+
+    Args:
+        config: the settings.
+        options: what to serve.
+        engine_module: what the engine's process runs.
+
+    Raises:
+        ConfigError: if the address cannot be bound.
+        FastGPTError: if the engine cannot start.
+    """
+    listener = bind(config.service.host, config.service.port)
+    process = EngineProcess(engine_module)
+    try:
+        # uvicorn raises the signal again when it has ended in order.
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(_serve(config, options, listener, process))
+    finally:
+        process.close()
+        listener.close()
+
+
+async def _serve(
+    config: ServerConfig,
+    options: ServeOptions,
+    listener: socket.socket,
+    process: EngineProcess,
+) -> None:
+    client = EngineClient(on_figures=lambda figures: metrics.take_figures(figures))
+    metrics = Metrics(lambda: client.load)
+    app = create_app(
+        client, metrics, model_path=options.model, num_workers=config.service.num_workers
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    engine = asyncio.create_task(_run_engine(config, options, client, metrics, process, listener))
+    try:
+        await asyncio.wait({serving, engine}, return_when=asyncio.FIRST_COMPLETED)
+        if engine.done() and engine.exception() is not None:  # it could not start
+            server.should_exit = True
+            await serving
+            engine.result()
+        await serving
+    finally:
+        engine.cancel()
+        client.close()
+
+
+async def _run_engine(
+    config: ServerConfig,
+    options: ServeOptions,
+    client: EngineClient,
+    metrics: Metrics,
+    process: EngineProcess,
+    listener: socket.socket,
+) -> None:
+    """Start the engine, then hand out what it sends until it ends."""
+    device = options.device
+    if device in ("cuda", "auto") and config.hardware.gpu_id:
+        device = f"cuda:{config.hardware.gpu_id}"
+    configure = Configure(
+        model=options.model,
+        tokenizer=options.tokenizer,
+        device=device,
+        dtype=options.dtype,
+        memory_pool_size=config.hardware.memory_pool_size,
+        max_batch=config.service.batch_size,
+        max_length=config.service.max_length,
+        min_batch=config.service.min_batch,
+        batch_timeout_s=config.service.batch_timeout_s,
+        warmup_iterations=config.optimization.warmup_iterations,
+        log_level=options.log_level,
+    )
+    connection = await process.connect()
+    try:
+        ready = await client.start(connection, configure)
+    except FastGPTError as error:
+        raise type(error)(f"cannot serve {options.model}: {error}") from error
+    metrics.set_engine(ready.info)
+    _log_start(ready.info, config, listener)
+    await client.run()
+
+
+def _log_start(info: EngineInfo, config: ServerConfig, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    _logger.info("model: %s (%s), loaded in %.2f s", info.name, info.architecture, info.load_s)
+    _logger.info("dtype: %s on %s", info.dtype, info.device)
+    _logger.info("kernels: %s, warm after %.2f s", info.kernels, info.warm_up_s)
+    _logger.info(
+        "KV cache: %d tokens (%d blocks of %d), at most %d requests of %d tokens together",
+        info.num_cache_tokens, info.num_blocks, info.block_size, info.max_batch, info.max_length,
+    )  # fmt: skip
+    _logger.info("threads: %d compute, %d text", info.num_threads, config.service.num_workers)
+    shown = f"[{host}]" if ":" in host else host
+    _logger.info("address: http://%s:%d", shown, port)
