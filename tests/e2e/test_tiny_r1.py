@@ -1,0 +1,144 @@
+"""One real request through the whole house: bundled model, real command, real client."""
+
+import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+from server.serving import Served, wait_until
+
+import fastgpt
+from fastgpt import Engine, SamplingParams
+from fastgpt.tokenizer import Tokenizer
+
+MODEL = Path(fastgpt.__file__).parent / "assets" / "tiny-r1"
+QUESTIONS = [f"What is {11 + 3 * i} + {7 + 5 * i} - {2 + i}?" for i in range(16)]
+GREEDY = {"temperature": 0.0, "max_tokens": 48, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny_r1")
+    config = folder / "fastgpt_config.yaml"
+    config.write_text(
+        "service:\n  batch_size: 32\n  max_length: 1024\n"
+        "hardware:\n  memory_pool_size: 1GB\n"
+        "optimization:\n  async_pipeline: true\n  precision: mixed\n  warmup_iterations: 1\n"
+    )
+    arguments = ["-m", "fastgpt.cli.serve", "--config", str(config), "--model", str(MODEL)]
+    flags = ["--device", "cpu", "--log-level", "debug", "--port", "PORT"]
+    with Served([*arguments, *flags], folder / "log") as server:
+        yield server
+
+
+@pytest.fixture
+def client(served: Served):
+    url = f"{served.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(MODEL, device="cpu", max_length=1024, memory_pool_size="1GB")
+
+
+def ask(client: openai.OpenAI, question: str, **fields):
+    messages = [{"role": "user", "content": question}]
+    return client.chat.completions.create(
+        model="tiny-r1", messages=messages, **{**GREEDY, **fields}
+    )
+
+
+def split(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, str]:
+    """Return the reasoning and content of an answer that starts inside <think>."""
+    end = ids.index(tokenizer.think_end_id) if tokenizer.think_end_id in ids else len(ids)
+    return tokenizer.decode(ids[:end]), tokenizer.decode(ids[end + 1 :])
+
+
+def test_answers_equal_the_engine_of_this_process_one_by_one_and_together(served, client, engine):
+    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    expected = [
+        split(engine.tokenizer, output.token_ids) for output in engine.generate(chats, params)
+    ]
+    begin_s = time.monotonic()
+    single = [ask(client, question).choices[0].message for question in QUESTIONS]
+    single_s = time.monotonic() - begin_s
+    most, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.01):
+            most = max(most, int(served.metric("num_requests_running")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin_s = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda q: ask(client, q).choices[0].message, QUESTIONS))
+    together_s = time.monotonic() - begin_s
+    done.set()
+    watcher.join()
+    assert [(m.reasoning_content, m.content) for m in single] == expected
+    assert [(m.reasoning_content, m.content) for m in together] == expected
+    assert most >= 8
+    assert together_s <= 0.5 * single_s, f"{together_s:.2f} s together, {single_s:.2f} s singly"
+
+
+def test_stream_starts_early_and_flows(client, engine):
+    begin_s = time.monotonic()
+    times, text = [], {"reasoning_content": "", "content": ""}
+    stream = ask(client, QUESTIONS[3], stream=True, max_tokens=100)
+    for chunk in stream:
+        delta = chunk.choices[0].delta.to_dict()
+        for channel in text:
+            text[channel] += delta.get(channel) or ""
+        if delta.get("reasoning_content") or delta.get("content"):
+            times.append(time.monotonic() - begin_s)
+    wall_s = time.monotonic() - begin_s
+    params = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    output = engine.generate([{"role": "user", "content": QUESTIONS[3]}], params)[0]
+    assert (text["reasoning_content"], text["content"]) == split(engine.tokenizer, output.token_ids)
+    assert times[0] < 0.2 * wall_s
+    assert sum(b - a > 2e-4 for a, b in itertools.pairwise(times)) >= 10
+
+
+def test_seeded_sampling_repeats_and_follows_generation_config(client):
+    fields = {"temperature": openai.omit, "max_tokens": 32}
+    first = ask(client, QUESTIONS[0], seed=5, **fields).choices[0].message
+    again = ask(client, QUESTIONS[0], seed=5, **fields).choices[0].message
+    explicit = (
+        ask(client, QUESTIONS[0], seed=5, max_tokens=32, temperature=0.6, top_p=0.95)
+        .choices[0]
+        .message
+    )
+    assert first.to_dict() == again.to_dict() == explicit.to_dict()
+
+
+def test_the_model_ends_its_answer(client):
+    answer = ask(client, QUESTIONS[1], max_tokens=512, extra_body={})
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].message.content
+    assert "<" not in answer.choices[0].message.content
+
+
+def test_disconnect_frees_the_blocks(served, client):
+    stream = ask(client, QUESTIONS[2], stream=True, max_tokens=900)
+    next(iter(stream))
+    stream.close()
+    wait_until(lambda: served.metric("num_requests_running") == 0, timeout_s=1.0)
+    assert served.metric("kv_cache_usage_perc") == 0
+
+
+def test_preempted_requests_get_the_same_tokens(engine):
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS[:6]]
+    roomy = engine.generate(chats, params)
+    tight = Engine(MODEL, device="cpu", max_length=160, num_blocks=12, memory_pool_size="1GB")
+    outputs = tight.generate(chats, params)
+    assert tight.stats().num_preemptions > 0
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in roomy]

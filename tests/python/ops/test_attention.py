@@ -1,0 +1,260 @@
+"""fastgpt.ops.attention against plain torch, and its promise of bit-identical rows."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from compare import HALF_STEP, assert_close, poisoned
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.errors import InvalidArgument
+
+from oracle import attention as oracle
+from shapes import FLOATS, GENERIC_HEADS, HEADS
+
+# (query rows, keys) of each request: prefill, a later chunk, decode, padding rows of both kinds.
+MIXED = [(5, 5), (7, 40), (1, 33), (0, 0), (1, 1), (2, 0), (0, 9), (1, 130)]
+
+
+@dataclass
+class Case:
+    """A random ragged batch over a cache with unused NaN-poisoned blocks and slots."""
+
+    q: Tensor
+    kv_cache: Tensor
+    block_tables: Tensor
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    scale: float
+    max_seqlen_q: int
+    max_seq_len: int
+
+    @property
+    def args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, int, int]:
+        return (
+            self.q, self.kv_cache, self.block_tables, self.cu_seqlens_q, self.seq_lens, self.scale,
+            self.max_seqlen_q, self.max_seq_len,
+        )  # fmt: skip
+
+
+def make_case(
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int, int, int],
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+    block_size: int = 16,
+    extra_blocks: int = 3,
+    mla: bool = False,
+    seed: int = 0,
+) -> Case:
+    """Build a batch; in MLA form the cache row is head_dim_qk wide and shared by all heads."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads, dim_qk, dim_v = heads
+    counts = [-(-seq_len // block_size) for _, seq_len in lengths]
+    num_blocks = sum(counts) + 2
+    ids = torch.randperm(num_blocks, generator=generator).int()
+    # Entries past a request's blocks are never read: they name blocks that do not exist.
+    tables = torch.full((len(lengths), max(counts, default=0) + extra_blocks), 2**30).int()
+    row = (block_size, dim_qk) if mla else (2, block_size, num_kv_heads, max(dim_qk, dim_v))
+    layers = torch.full((num_blocks, 3, *row), float("nan"))  # blocks carry three layers
+    used = 0
+    for r, (_, seq_len) in enumerate(lengths):
+        tables[r, : counts[r]] = ids[used : used + counts[r]]
+        used += counts[r]
+        for position in range(seq_len):
+            block, offset = int(tables[r, position // block_size]), position % block_size
+            if mla:
+                layers[block, 1, offset] = torch.randn(dim_qk, generator=generator)
+            else:
+                values = torch.randn(2, *row[2:], generator=generator)
+                values[0, :, dim_qk:] = float("nan")
+                values[1, :, dim_v:] = float("nan")
+                layers[block, 1, :, offset] = values
+    starts = torch.tensor([0, *(q_len for q_len, _ in lengths)]).cumsum(0).int()
+    q = torch.randn(int(starts[-1]), num_heads, dim_qk, generator=generator) * 2
+    return Case(
+        q.to(device, dtype),
+        layers.to(device, cache_dtype or dtype)[:, 1],
+        tables.to(device),
+        starts.to(device),
+        torch.tensor([seq_len for _, seq_len in lengths]).int().to(device),
+        dim_qk**-0.5,
+        max((q_len for q_len, _ in lengths), default=0),
+        max((seq_len for _, seq_len in lengths), default=0),
+    )
+
+
+def check(case: Case, dim_v: int, *, mla: bool = False) -> None:
+    function, reference = (
+        (ops.mla_attention, oracle.mla_attention) if mla else (ops.attention, oracle.attention)
+    )
+    out = poisoned(
+        case.q.shape[0], case.q.shape[1], dim_v, dtype=case.q.dtype, device=case.q.device
+    )
+    assert function(*case.args, out=out) is out
+    expected = reference(*case.args, head_dim_v=dim_v)
+    # Scores here reach 10 and are float32 sums over up to 576 columns: an error of 1e-6 times 10
+    # moves a probability by 1e-5 of itself. Then one rounding of the result; a CUDA kernel for
+    # bfloat16 or float16 rounds the probabilities to that dtype as well.
+    factor = 2.01 if case.q.device.type == "cpu" else 6.0
+    bound = {"tolerance": HALF_STEP[case.q.dtype] * factor + 1e-5, "scale": 1.0}
+    assert_close(out, expected, **bound)
+    assert_close(function(*case.args, head_dim_v=dim_v), expected, **bound)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_attention_matches_oracle(
+    device: torch.device, heads: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    check(make_case(MIXED, heads, device, dtype=dtype), heads[3])
+
+
+@pytest.mark.parametrize("heads", GENERIC_HEADS, ids=str)
+def test_attention_generic_head_sizes(heads: tuple[int, int, int, int]) -> None:
+    check(make_case(MIXED, heads, torch.device("cpu")), heads[3])
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_attention_block_sizes(device: torch.device, block_size: int) -> None:
+    check(make_case(MIXED, (4, 2, 64, 64), device, block_size=block_size), 64)
+
+
+@pytest.mark.parametrize("cache_dtype", FLOATS)
+def test_attention_reads_a_cache_of_another_dtype(cache_dtype: torch.dtype) -> None:
+    case = make_case(MIXED, (4, 2, 64, 64), torch.device("cpu"), cache_dtype=cache_dtype)
+    check(case, 64)
+
+
+def test_attention_long_context(device: torch.device) -> None:
+    lengths = [(1, 1500), (3, 1031), (65, 700)]
+    check(make_case(lengths, (4, 2, 64, 64), device), 64)
+
+
+@pytest.mark.parametrize("lengths", [[], [(0, 0)], [(1, 1)], [(3, 0)]], ids=str)
+def test_attention_smallest_batches(device: torch.device, lengths: list[tuple[int, int]]) -> None:
+    check(make_case(lengths, (2, 1, 64, 64), device), 64)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("num_heads", [1, 4, 16])
+def test_mla_attention_matches_oracle(
+    device: torch.device, num_heads: int, dtype: torch.dtype
+) -> None:
+    case = make_case(MIXED, (num_heads, 1, 576, 512), device, dtype=dtype, mla=True)
+    check(case, 512, mla=True)
+
+
+def test_attention_writes_only_its_slice(device: torch.device) -> None:
+    """q and out may be column slices of wider tensors; rows past the batch stay as they are."""
+    case = make_case(MIXED, (4, 2, 64, 64), device)
+    rows = case.q.shape[0]
+    wide = poisoned(rows + 2, 6, 80, dtype=torch.float32, device=device)
+    wide[:rows, 1:5, 8:72] = case.q
+    case.q = wide[:, 1:5, 8:72]
+    out = poisoned(rows + 2, 6, 80, dtype=torch.float32, device=device)
+    ops.attention(*case.args, out=out[:, 1:5, 8:72])
+    expected = oracle.attention(*case.args)[:rows]
+    assert_close(out[:rows, 1:5, 8:72], expected, tolerance=1e-5, scale=0.3)
+    assert int(out.isnan().sum()) == out.numel() - expected.numel()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("heads", [(6, 2, 24, 13), (12, 2, 128, 128)], ids=str)
+def test_attention_on_each_instruction_set(
+    cpu_isa: str, heads: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    check(make_case(MIXED, heads, torch.device("cpu"), dtype=dtype), heads[3])
+
+
+@pytest.mark.parametrize("mla", [False, True])
+def test_attention_rows_are_bit_identical_in_any_batch(cpu_isa: str, mla: bool) -> None:
+    """One query row over the same keys: whole prefill, chunks, decode and a larger batch agree."""
+    heads = (3, 1, 576, 512) if mla else (6, 2, 64, 64)
+    function = ops.mla_attention if mla else ops.attention
+    length = 300
+    case = make_case([(length, length), (4, 77)], heads, torch.device("cpu"), mla=mla)
+    whole = function(*case.args, head_dim_v=heads[3])
+    for first, last in [(0, 1), (0, 64), (17, 90), (90, 91), (255, 257), (299, 300), (100, 300)]:
+        chunk = function(
+            case.q[first:last], case.kv_cache, case.block_tables[:1],
+            torch.tensor([0, last - first]).int(), torch.tensor([last]).int(), case.scale,
+            last - first, last, head_dim_v=heads[3],
+        )  # fmt: skip
+        assert torch.equal(chunk, whole[first:last]), (first, last)
+
+
+def test_attention_sharp_scores_do_not_overflow(device: torch.device) -> None:
+    case = make_case([(4, 60)], (2, 1, 64, 64), device)
+    case.q *= 1000
+    check(case, 64)
+
+
+def test_wrong_arguments_raise(device: torch.device) -> None:
+    case = make_case([(2, 20)], (4, 2, 64, 64), device)
+
+    def attend(**changes: object) -> None:
+        ops.attention(*Case(**{**vars(case), **changes}).args)  # type: ignore[arg-type]
+
+    with pytest.raises(InvalidArgument, match="q has 3 heads, not a multiple of the 2"):
+        attend(q=case.q[:, :3])
+    with pytest.raises(InvalidArgument, match="kv_cache has rows of 60 elements"):
+        attend(kv_cache=case.kv_cache[..., :60])
+    with pytest.raises(InvalidArgument, match="seq_lens is int64; expected int32"):
+        attend(seq_lens=case.seq_lens.long())
+    with pytest.raises(InvalidArgument, match="cu_seqlens_q has size 1"):
+        attend(cu_seqlens_q=case.cu_seqlens_q[:1])
+
+
+def test_lengths_that_do_not_fit_raise() -> None:
+    case = make_case([(2, 20)], (4, 2, 64, 64), torch.device("cpu"))
+
+    def attend(**changes: object) -> None:
+        ops.attention(*Case(**{**vars(case), **changes}).args)  # type: ignore[arg-type]
+
+    with pytest.raises(InvalidArgument, match=r"seq_lens\[0\] is 1; the request has 2 queries"):
+        attend(seq_lens=torch.tensor([1]).int())
+    with pytest.raises(InvalidArgument, match="max_seq_len is 19"):
+        attend(max_seq_len=19)
+    with pytest.raises(InvalidArgument, match="max_seqlen_q is 1"):
+        attend(max_seqlen_q=1)
+    with pytest.raises(InvalidArgument, match="block_tables holds 1 blocks of 16"):
+        attend(block_tables=case.block_tables[:, :1])
+    with pytest.raises(InvalidArgument, match=r"block_tables\[0\]\[1\] is 99; the cache has 4"):
+        attend(block_tables=torch.tensor([[0, 99]]).int())
+    with pytest.raises(InvalidArgument, match=r"cu_seqlens_q\[1\] is 3; expected 0 to 2"):
+        attend(cu_seqlens_q=torch.tensor([0, 3]).int())
+
+
+def test_workspace_bytes() -> None:
+    assert ops.attention_workspace_bytes(32, 28, 128, 4096, "cpu") == 0
+    with pytest.raises(ValueError, match="expected 0 or more"):
+        ops.attention_workspace_bytes(-1, 28, 128, 4096, "cpu")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("lengths", [MIXED, [(0, 0)]], ids=["mixed", "empty"])
+@pytest.mark.parametrize("with_workspace", [False, True])
+def test_opcheck(
+    device: torch.device, lengths: list[tuple[int, int]], dtype: torch.dtype, with_workspace: bool
+) -> None:
+    workspace = torch.zeros(1 << 20, dtype=torch.uint8, device=device) if with_workspace else None
+    case = make_case(lengths, (4, 2, 64, 64), device, dtype=dtype)
+    out = torch.zeros_like(case.q)
+    torch.library.opcheck(torch.ops.fastgpt.attention.default, (*case.args, out, workspace))
+    case = make_case(lengths, (2, 1, 576, 512), device, dtype=dtype, mla=True)
+    out = case.q.new_zeros(*case.q.shape[:2], 512)
+    torch.library.opcheck(torch.ops.fastgpt.mla_attention.default, (*case.args, out, workspace))
+
+
+def test_compiles_without_graph_breaks(device: torch.device) -> None:
+    case = make_case(MIXED, (4, 2, 64, 64), device)
+
+    def attend(q: Tensor) -> Tensor:
+        return ops.attention(q * 2, *case.args[1:]) + 1
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(case.q), attend(case.q))

@@ -1,0 +1,69 @@
+"""CUDA products against float64 on shapes that reach every kernel; benchmarks/micro/gemm_cuda.py
+draws many more."""
+
+import pytest
+import torch
+
+from fastgpt import ops
+from fastgpt.errors import InvalidArgument
+from fastgpt.ops import quant
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+# Rows: one and few (streaming, one and two tiles of x), streaming in two passes, tiles.
+ROWS = [1, 7, 16, 31, 150]
+SHAPES = [(1, 128), (130, 200), (4352, 264)]
+
+
+def quantized(format: str, weight: torch.Tensor) -> tuple[ops.ArrangedWeight, torch.Tensor]:
+    """Return the arranged weight and the values it stands for, in float64."""
+    name, *options = format.split("_")
+    if name == "fp8":
+        packed, scale = quant.quantize_fp8(weight, per_block="block" in options)
+        values = quant.dequantize_fp8(packed, scale)
+        return ops.arrange(packed, scale, format="fp8"), values.double()
+    if name == "int4":
+        group_size, symmetric = int(options[0]), "asym" not in options
+        packed, scale, zero = quant.quantize_int4(
+            weight, group_size=group_size, symmetric=symmetric
+        )
+        cols = weight.shape[1]
+        values = quant.dequantize_int4(packed, scale, zero, group_size=group_size, cols=cols)
+        arranged = ops.arrange(
+            packed, scale, zero, format="int4", in_features=cols, group_size=group_size
+        )
+        return arranged, values.double()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    return ops.arrange(weight.to(dtype), format=name), weight.to(dtype).double()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "format",
+    ["fp32", "bf16", "fp16", "fp8", "fp8_block", "int4_32", "int4_64_asym", "int4_128", "int4_256"],
+)
+def test_linear_cuda_matches_float64(
+    format: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    n, k = shape
+    arranged, values = quantized(format, torch.randn(n, k, device=DEVICE))
+    bias = torch.randn(n, device=DEVICE, dtype=dtype)
+    for rows in ROWS:
+        x = torch.randn(rows, k, device=DEVICE).to(dtype)
+        wide = torch.full((rows, n + 3), float("nan"), device=DEVICE)
+        out = ops.linear(x, arranged, bias, out=wide[:, :n])
+        want = x.double() @ values.T + bias.double()
+        # Products are exact; float32 sums of at most 264 terms lose far less than this.
+        size = x.double().abs() @ values.abs().T + bias.double().abs()
+        worst = ((out.double() - want).abs() / size).max().item()
+        assert worst <= 2e-5, f"{rows} rows: error {worst:.2e} of the terms' size"
+        assert bool(wide[:, n:].isnan().all())
+
+
+def test_arrange_cuda_refuses_odd_group_sizes() -> None:
+    weight = torch.randn(8, 96, device=DEVICE)
+    packed, scale, _ = quant.quantize_int4(weight, group_size=48)
+    with pytest.raises(InvalidArgument, match="group_size is 48"):
+        ops.arrange(packed, scale, format="int4", in_features=96, group_size=48)

@@ -1,0 +1,367 @@
+"""The server as clients see it: the openai client, many at once, bad input, disconnects, deaths."""
+
+import itertools
+import json
+import os
+import signal
+import stat
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from engine.fake_model import continuation
+from engine.fake_tokenizer import make_files
+from server.serving import Served, is_alive, wait_until
+
+from fastgpt.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(make_files(temperature=0.0))
+IGNORE_EOS = {"ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with Served(["-m", "server.fake_server", "PORT", "5"], log) as server:
+        yield server
+
+
+@pytest.fixture
+def client(served: Served):
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def chat(client: openai.OpenAI, content: str, **fields):
+    fields = {"max_tokens": 24, "extra_body": IGNORE_EOS, **fields}
+    return client.chat.completions.create(
+        model="FakeModel", messages=[{"role": "user", "content": content}], **fields
+    )
+
+
+def expected_ids(content: str, num_tokens: int) -> list[int]:
+    prompt = TOKENIZER.encode_chat([{"role": "user", "content": content}])
+    return continuation(prompt, num_tokens)
+
+
+def split_reasoning(ids: list[int]) -> tuple[str, str]:
+    end = ids.index(TOKENIZER.think_end_id) if TOKENIZER.think_end_id in ids else len(ids)
+    return TOKENIZER.decode(ids[:end]), TOKENIZER.decode(ids[end + 1 :])
+
+
+def test_chat_answer_is_the_models(client):
+    answer = chat(client, "hello")
+    reasoning, content = split_reasoning(expected_ids("hello", 24))
+    message = answer.choices[0].message
+    assert message.reasoning_content == reasoning
+    assert message.content == content
+    assert answer.choices[0].finish_reason == "length"
+    num_prompt = len(TOKENIZER.encode_chat([{"role": "user", "content": "hello"}]))
+    assert answer.usage.prompt_tokens == num_prompt
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.total_tokens == num_prompt + 24
+
+
+def test_chat_stream_arrives_in_pieces_and_says_the_same(client):
+    begin_s = time.monotonic()
+    stream = chat(
+        client, "hello", max_tokens=100, stream=True, stream_options={"include_usage": True}
+    )
+    times, reasoning, content, finish, usage = [], "", "", None, None
+    for chunk in stream:
+        if chunk.usage:
+            usage = chunk.usage
+        for choice in chunk.choices:
+            text = getattr(choice.delta, "reasoning_content", None) or ""
+            content += choice.delta.content or ""
+            reasoning += text
+            finish = choice.finish_reason or finish
+            if text or choice.delta.content:
+                times.append(time.monotonic() - begin_s)
+    wall_s = time.monotonic() - begin_s
+    assert (reasoning, content) == split_reasoning(expected_ids("hello", 100))
+    assert finish == "length"
+    assert usage.completion_tokens == 100
+    assert times[0] < 0.2 * wall_s
+    distinct = [b for a, b in itertools.pairwise(times) if b - a > 1e-3]
+    assert len(distinct) >= 10
+
+
+def test_sixteen_at_once_equal_the_single_ones_and_overlap(served, client):
+    contents = [f"question {i}" * (1 + i % 3) for i in range(16)]
+    begin_s = time.monotonic()
+    single = [chat(client, content).choices[0].message for content in contents]
+    single_s = time.monotonic() - begin_s
+    most = 0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.is_set():
+            most = max(most, int(served.metric("num_requests_running")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begin_s = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda c: chat(client, c).choices[0].message, contents))
+    together_s = time.monotonic() - begin_s
+    done.set()
+    watcher.join()
+    assert [m.to_dict() for m in together] == [m.to_dict() for m in single]
+    assert most >= 8
+    assert together_s <= 0.5 * single_s
+
+
+def test_completions_text_and_token_ids(client):
+    text = client.completions.create(
+        model="FakeModel", prompt="one", max_tokens=12, extra_body=IGNORE_EOS
+    )
+    ids = TOKENIZER.encode_prompt("one")
+    assert ids[0] == TOKENIZER.bos_id
+    assert text.choices[0].text == TOKENIZER.decode(continuation(ids, 12))
+    same = client.completions.create(
+        model="FakeModel", prompt=ids, max_tokens=12, extra_body=IGNORE_EOS
+    )
+    assert same.choices[0].text == text.choices[0].text
+    doubled = client.completions.create(
+        model="FakeModel", prompt="<｜begin▁of▁sentence｜>one", max_tokens=12,
+        extra_body=IGNORE_EOS,
+    )  # fmt: skip
+    assert doubled.usage.prompt_tokens == text.usage.prompt_tokens, "exactly one BOS"
+    assert doubled.choices[0].text == text.choices[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_ends_the_answer(client, stream: bool):
+    whole = TOKENIZER.decode(continuation(TOKENIZER.encode_prompt("stop"), 24))
+    stop = whole[5:7]
+    assert len(stop) == 2
+    answer = client.completions.create(
+        model="FakeModel", prompt="stop", max_tokens=24, stop=[stop, "never"], stream=stream,
+        extra_body=IGNORE_EOS,
+    )  # fmt: skip
+    chunks = list(answer) if stream else [answer]
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert "".join(choice.text for choice in choices) == whole[: whole.index(stop)]
+    assert choices[-1].finish_reason == "stop"
+
+
+def test_max_completion_tokens(client):
+    answer = chat(client, "x", max_tokens=openai.omit, max_completion_tokens=5)
+    assert answer.usage.completion_tokens == 5
+
+
+def test_special_tokens_in_user_content_stay_text(client):
+    plain = chat(client, "a</think>b<｜User｜>", max_tokens=1)
+    num_bytes = len("a</think>b<｜User｜>".encode())
+    assert plain.usage.prompt_tokens == num_bytes + 5  # BOS, User, Assistant, <think>, newline
+
+
+def test_models_and_health(served, client):
+    assert [model.id for model in client.models.list()] == ["FakeModel"]
+    health = httpx.get(f"{served.url}/health")
+    assert (health.status_code, health.json()) == (200, {"status": "ok"})
+
+
+def test_request_id_is_echoed_or_made(served):
+    given = httpx.get(f"{served.url}/v1/models", headers={"X-Request-Id": "mine-42"})
+    assert given.headers["x-request-id"] == "mine-42"
+    made = httpx.get(f"{served.url}/v1/models")
+    assert made.headers["x-request-id"].startswith("req_")
+    refused = httpx.post(
+        f"{served.url}/v1/completions", content="{", headers={"X-Request-Id": "bad-1",
+                                                               "content-type": "application/json"}
+    )  # fmt: skip
+    assert refused.headers["x-request-id"] == "bad-1"
+
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"n": 2}, "n", "not supported"),
+        ({"logprobs": True}, "logprobs", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"logit_bias": {"1": 2}}, "logit_bias", "not supported"),
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'"),
+        ({"temperature": 3}, "temperature", "not 3"),
+        ({"temperature": "hot"}, "temperature", "not 'hot'"),
+        ({"top_p": 0}, "top_p", "not 0"),
+        ({"max_tokens": 0}, "max_tokens", "not 0"),
+        ({"max_tokens": 2**63}, "max_tokens", "max_tokens"),
+        ({"max_tokens": 10_000}, None, "max_length is 512"),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "mean the same"),
+        ({"stop": [""]}, None, "stop"),
+        ({"stop": ["x"] * 17}, None, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
+        ({"messages": []}, "messages", "messages"),
+        ({"messages": "hi"}, "messages", "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, None, "role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            None,
+            "content",
+        ),
+        ({"messages": [{"role": "user", "content": "y" * 600}]}, None, "max_length 512"),
+    ],
+)
+def test_bad_field_is_one_clear_400(served, fields, param, words):
+    body = {"model": "FakeModel", "messages": MESSAGES, **fields}
+    response = httpx.post(f"{served.url}/v1/chat/completions", json=body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert words in error["message"]
+    assert error["type"] == "invalid_request_error"
+    if param is not None:
+        assert error["param"] == param
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"", 400),
+        (b"{", 400),
+        (b"\xff\xfe", 400),
+        (b"[" * 60_000, 400),
+        (b"null", 400),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
+        (b'{"messages": [{"role": "user", "content": "\\u0000"}], "max_tokens": 1}', 200),
+        (b" " * (9 << 20), 413),
+    ],
+    ids=["empty", "cut", "not-utf8", "nested", "null", "surrogate", "nan", "nul", "huge"],
+)
+def test_malformed_body_is_one_clear_error(served, content, status):
+    response = httpx.post(
+        f"{served.url}/v1/chat/completions",
+        content=content,
+        headers={"content-type": "application/json"},
+        timeout=20,
+    )
+    assert response.status_code == status, response.text
+    if status != 200:
+        assert response.json()["error"]["message"]
+    assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_unknown_model_path_and_method(served, client):
+    with pytest.raises(openai.NotFoundError, match="gpt-9"):
+        client.completions.create(model="gpt-9", prompt="x")
+    response = httpx.get(f"{served.url}/v1/nothing")
+    assert response.status_code == 404
+    assert "error" in response.json()
+    assert httpx.get(f"{served.url}/v1/completions").status_code == 405
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_disconnect_frees_the_request(served, stream: bool):
+    body = {"prompt": "long", "max_tokens": 400, "ignore_eos": True, "stream": stream}
+    with httpx.Client(timeout=30) as http:
+        request = http.build_request("POST", f"{served.url}/v1/completions", json=body)
+        if stream:
+            response = http.send(request, stream=True)
+            lines = response.iter_lines()
+            next(lines)
+            wait_until(lambda: served.metric("num_requests_running") == 1)
+            response.close()
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                http.send(http.build_request("POST", f"{served.url}/v1/completions", json=body,
+                                             timeout=0.5))  # fmt: skip
+    # 400 steps of 5 ms would take 2 s; one step, and the time to notice, is far less.
+    wait_until(lambda: served.metric("num_requests_running") == 0, timeout_s=0.5)
+    assert served.metric("kv_cache_usage_perc") == 0
+
+
+def test_metrics_count(served, client):
+    before = served.metric("generation_tokens_total")
+    chat(client, "count", max_tokens=7)
+    assert served.metric("generation_tokens_total") == before + 7
+    text = httpx.get(f"{served.url}/metrics").text
+    for name in ("memory_fragmentation", "compute_busy", "num_requests_waiting",
+                 "time_to_first_token_seconds_count", "time_per_output_token_seconds_count",
+                 "request_queue_time_seconds_count", "num_preemptions_total"):  # fmt: skip
+        assert f"fastgpt_{name}" in text
+
+
+def test_start_log_has_a_line_for_each_fact_and_the_socket_is_private(served):
+    log = served.log.read_text()
+    for fact in ("model: ", "dtype: ", "kernels: ", "KV cache: ", "threads: ", "address: http://"):
+        assert fact in log
+    command = Path(f"/proc/{served.engine_pid()}/cmdline").read_bytes().decode().split("\0")
+    socket_path = next(Path(part) for part in command if part.endswith(".sock"))
+    assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(socket_path.parent.stat().st_mode) == 0o700
+
+
+def test_preempted_requests_answer_the_same(served, client, tmp_path):
+    contents = ["p" * (20 + 7 * i) for i in range(6)]
+    roomy = [chat(client, c, max_tokens=60).choices[0].message.to_dict() for c in contents]
+    arguments = ["-m", "server.fake_server", "PORT", "1", "128"]
+    with Served(arguments, tmp_path / "log", FAKE_NUM_BLOCKS="8") as tight:
+        other = openai.OpenAI(base_url=f"{tight.url}/v1", api_key="none", max_retries=0)
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda c: chat(other, c, max_tokens=60), contents))
+        assert [a.choices[0].message.to_dict() for a in answers] == roomy
+        wait_until(lambda: tight.metric("num_preemptions_total") > 0)
+
+
+def test_engine_death_ends_streams_with_an_error_and_health(tmp_path):
+    with Served(["-m", "server.fake_server", "PORT", "5"], tmp_path / "log") as server:
+        body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as r:
+            lines = r.iter_lines()
+            next(lines)
+            os.kill(server.engine_pid(), signal.SIGKILL)
+            rest = [line for line in lines if line.startswith("data: {")]
+        assert json.loads(rest[-1][6:])["error"]["code"] == "engine_died"
+        health = httpx.get(f"{server.url}/health")
+        assert health.status_code == 503
+        assert "died" in health.json()["reason"]
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 503
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_is_left(tmp_path, how):
+    with Served(["-m", "server.fake_server", "PORT", "5"], tmp_path / "log") as server:
+        engine_pid = server.engine_pid()
+        body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as r:
+            lines = r.iter_lines()
+            next(lines)
+            server.process.send_signal(how)
+        server.process.wait(10)
+        wait_until(lambda: not is_alive(engine_pid))
+        if how is not signal.SIGKILL:
+            assert "Traceback" not in server.log.read_text()
+
+
+def test_port_in_use_is_one_clear_line(served, tmp_path):
+    log = tmp_path / "log"
+    arguments = ["-m", "fastgpt.cli.serve", "--model", "none.pt", "--port", str(served.port)]
+    second = Served(arguments, log)
+    assert second.process.wait(30) == 1
+    assert log.read_text().strip().splitlines() == [
+        f"fastgpt-server: cannot listen on 127.0.0.1 port {served.port}: address already in use; "
+        "choose another --host or --port"
+    ]
+
+
+def test_missing_model_is_one_clear_line(tmp_path):
+    log = tmp_path / "log"
+    arguments = ["-m", "fastgpt.cli.serve", "--model", "none.pt", "--port", "PORT"]
+    server = Served([*arguments, "--device", "cpu"], log)
+    assert server.process.wait(60) == 1
+    lines = log.read_text().strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("fastgpt-server: cannot serve none.pt: none.pt does not exist")
