@@ -1,0 +1,120 @@
+"""How fast does one request decode and prefill, and what share of the memory limit is that?
+
+    python benchmarks/decode.py --shape r1-qwen-1.5b --policy four-tier --device cpu
+    python benchmarks/decode.py --model fastgpt/assets/tiny-r1 --device cuda
+
+Time per token is the difference of two generation lengths, so that prefill cancels. Prefill is the
+time to the first token of a prompt, less one decode step.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_model import POLICIES, SHAPES, RandomCheckpoint
+from report import median, print_machine, streaming_read_gb_s
+
+from fastgpt import Engine, SamplingParams
+from fastgpt.checkpoint import open_checkpoint
+from fastgpt.models import registry
+
+
+def generate_s(engine: Engine, num_prompt: int, num_tokens: int, batch: int, seed: int) -> float:
+    """Return the seconds to generate num_tokens for each of `batch` random prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab = engine.limits.vocab_size
+    prompts = [
+        torch.randint(0, vocab, (num_prompt,), generator=generator).tolist() for _ in range(batch)
+    ]
+    params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    start = time.perf_counter()
+    outputs = engine.generate(prompts, params)
+    seconds = time.perf_counter() - start
+    assert all(len(output.token_ids) == num_tokens for output in outputs)
+    return seconds
+
+
+def stored_bytes(path: Path) -> int:
+    """Return the bytes that decoding one token reads from a checkpoint on disk, embedding apart."""
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config is not None
+    family = registry.family(checkpoint.config)
+    config = family.parse_config(checkpoint.config)
+    return sum(
+        checkpoint.read(spec.name).nbytes
+        for spec in family.roles(config)
+        if spec.name in checkpoint and ("embed" not in spec.name or config.tie_word_embeddings)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=sorted(SHAPES))
+    parser.add_argument("--model", type=Path, help="a checkpoint instead of a random shape")
+    parser.add_argument("--policy", choices=sorted(POLICIES), default="four-tier")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=16, help="prompt tokens of the decode runs")
+    parser.add_argument("--prefill", type=int, default=256, help="prompt tokens of the prefill run")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(8, 40), metavar=("SHORT", "LONG"))
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    if (args.shape is None) == (args.model is None):
+        parser.error("give one of --shape and --model")
+
+    facts = print_machine(args.device)
+    limit_gb_s = streaming_read_gb_s(args.device)
+    if args.shape:
+        source: Any = RandomCheckpoint(SHAPES[args.shape], POLICIES[args.policy])
+        name, num_bytes = f"{args.shape} {args.policy}", source.decode_bytes
+    else:
+        source, name, num_bytes = args.model, args.model.stem, stored_bytes(args.model)
+    length = max(args.prefill, args.prompt) + max(args.tokens) + 1
+    start = time.perf_counter()
+    engine = Engine(
+        source, device=args.device, dtype=args.dtype, max_batch=args.batch, max_length=length
+    )
+    load_s = time.perf_counter() - start
+
+    short, long = args.tokens
+    generate_s(engine, args.prompt, short, args.batch, seed=0)
+    steps, prefills = [], []
+    for repeat in range(args.repeats):
+        slow = generate_s(engine, args.prompt, long, args.batch, repeat)
+        fast = generate_s(engine, args.prompt, short, args.batch, repeat)
+        steps.append((slow - fast) / (long - short))
+        prefills.append(generate_s(engine, args.prefill, 1, 1, repeat))
+    step_s = min(steps)
+    prefill_s = min(prefills)
+    result = {
+        **facts,
+        "model": name,
+        "dtype": str(engine.loaded.model.dtype).removeprefix("torch."),
+        "batch": args.batch,
+        "ms_per_step": step_s * 1e3,
+        "ms_per_step_median": median(steps) * 1e3,
+        "tok_per_s": args.batch / step_s,
+        "gb_per_step": num_bytes / 1e9,
+        "gb_per_s": num_bytes / step_s / 1e9,
+        "streaming_read_gb_per_s": limit_gb_s,
+        "fraction_of_limit": num_bytes / step_s / 1e9 / limit_gb_s,
+        "prefill_tokens": args.prefill,
+        "prefill_tok_per_s": args.prefill / prefill_s,
+        "load_s": load_s,
+    }
+    print(
+        f"{name}, batch {args.batch}: {step_s * 1e3:.2f} ms a step, "
+        f"{args.batch / step_s:.1f} tok/s, "
+        f"{num_bytes / 1e9:.2f} GB a step at {result['gb_per_s']:.1f} GB/s = "
+        f"{result['fraction_of_limit']:.2f} of a streaming read ({limit_gb_s:.1f} GB/s); "
+        f"prefill {args.prefill}: {result['prefill_tok_per_s']:.0f} tok/s; load {load_s:.1f} s"
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
