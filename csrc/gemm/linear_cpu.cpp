@@ -16,7 +16,7 @@
 namespace fastgpt::gemm {
 namespace {
 
-constexpr std::int64_t kSegment = 128;  // k per partial sum where the format fixes none
+constexpr std::int64_t kSegment = 512;  // k per partial sum where the format fixes none
 constexpr std::int64_t kFp8Block = 128;
 constexpr std::int64_t kTaskBytes = 96
                                     << 10;  // of weights; smaller tasks cost more than they balance
