@@ -1,25 +1,11 @@
 #include <cuda_runtime.h>
 
 #include "fastgpt/check.h"
+#include "fastgpt/device.h"
 #include "fastgpt/upstream.h"
 
 namespace fastgpt {
 namespace {
-
-/// Makes a device current for a scope.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    FASTGPT_CUDA_TRY(cudaGetDevice(&previous_));
-    FASTGPT_CUDA_TRY(cudaSetDevice(device));
-  }
-  ~DeviceGuard() { (void)cudaSetDevice(previous_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int previous_ = 0;
-};
 
 class CudaUpstream final : public Upstream {
  public:
@@ -28,7 +14,7 @@ class CudaUpstream final : public Upstream {
     FASTGPT_CUDA_TRY(cudaGetDeviceCount(&count));
     FASTGPT_CHECK(device >= 0 && device < count, "device is cuda:", device, "; this machine has ",
                   count, " CUDA devices");
-    DeviceGuard guard(device);
+    const CurrentDevice current(device);
     std::size_t unused = 0;
     FASTGPT_CUDA_TRY(cudaMemGetInfo(&unused, &total_bytes_));
   }
@@ -37,7 +23,7 @@ class CudaUpstream final : public Upstream {
   int device() const override { return device_; }
 
   void* allocate(std::size_t bytes) override {
-    DeviceGuard guard(device_);
+    const CurrentDevice current(device_);
     void* data = nullptr;
     const cudaError_t status = cudaMalloc(&data, bytes);
     if (status == cudaErrorMemoryAllocation) {
@@ -59,23 +45,23 @@ class CudaUpstream final : public Upstream {
   }
 
   void fill_zero(void* data, std::size_t bytes, void* stream) override {
-    DeviceGuard guard(device_);
+    const CurrentDevice current(device_);
     FASTGPT_CUDA_TRY(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)));
   }
 
   void copy(void* target, const void* source, std::size_t bytes, void* stream) override {
-    DeviceGuard guard(device_);
+    const CurrentDevice current(device_);
     FASTGPT_CUDA_TRY(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDeviceToDevice,
                                      static_cast<cudaStream_t>(stream)));
   }
 
   void synchronize(void* stream) override {
-    DeviceGuard guard(device_);
+    const CurrentDevice current(device_);
     FASTGPT_CUDA_TRY(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
   }
 
   std::size_t free_bytes() const override {
-    DeviceGuard guard(device_);
+    const CurrentDevice current(device_);
     std::size_t free = 0;
     std::size_t total = 0;
     FASTGPT_CUDA_TRY(cudaMemGetInfo(&free, &total));

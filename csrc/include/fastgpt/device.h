@@ -13,6 +13,21 @@ struct Stream {
   void* handle = nullptr;  // cudaStream_t
 };
 
+#ifdef FASTGPT_WITH_CUDA
+/// Makes a CUDA device current for a scope: an op runs where its tensors are, whatever device the
+/// caller's thread has current. Throws DeviceError.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device);
+  ~CurrentDevice();
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int previous_ = -1;  // -1: nothing to restore
+};
+#endif
+
 }  // namespace fastgpt
 
 // FASTGPT_DISPATCH(stream, op, params): run op##_cpu(params) or op##_cuda(params, stream).
@@ -20,6 +35,7 @@ struct Stream {
 #define FASTGPT_DISPATCH(stream, op, params)                    \
   do {                                                          \
     if ((stream).device_type == ::fastgpt::DeviceType::kCUDA) { \
+      const ::fastgpt::CurrentDevice current((stream).device);  \
       op##_cuda(params, stream);                                \
     } else {                                                    \
       op##_cpu(params);                                         \
