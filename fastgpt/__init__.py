@@ -27,12 +27,27 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_C":
+        return _native()
     if name not in _HOMES:
         raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")
     home = import_module(_HOMES[name])
     value = home if name == "ops" else getattr(home, name)
     globals()[name] = value
     return value
+
+
+def _native() -> Any:
+    """Return the class module; every import of it passes here first."""
+    try:
+        return import_module("fastgpt._C")
+    except ModuleNotFoundError as error:
+        if error.name != "fastgpt._C":
+            raise
+        raise ImportError(
+            "fastgpt._C is not built; run `pip install .` or "
+            "`python setup.py build_ext --inplace` in the source tree"
+        ) from None
 
 
 def __dir__() -> list[str]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgpt._C import attention_workspace_bytes as _native_workspace_bytes
+from fastgpt import _C
 from fastgpt.ops._library import call
 
 __all__ = ["attention", "attention_workspace_bytes", "mla_attention"]
@@ -27,7 +27,9 @@ def attention_workspace_bytes(
         device: where the op will run.
     """
     is_cuda = torch.device(device).type == "cuda"
-    return int(_native_workspace_bytes(num_tokens, num_heads, head_dim_v, max_seq_len, is_cuda))
+    return int(
+        _C.attention_workspace_bytes(num_tokens, num_heads, head_dim_v, max_seq_len, is_cuda)
+    )
 
 
 def _workspace(out: Tensor, max_seq_len: int) -> Tensor | None:
