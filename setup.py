@@ -147,8 +147,21 @@ class Build(cpp_extension.BuildExtension):
             return str(Path(*folders, f"{name}.so"))
         return super().get_ext_filename(ext_name)
 
+    def remove_stale_cuda_objects(self) -> None:
+        """Compile .cu files again when a header changed: a CPU build of torch does not track them.
+
+        ccache answers for those the header does not reach.
+        """
+        headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]
+        newest = max(header.stat().st_mtime for header in headers)
+        for source in ROOT.glob("csrc/**/*.cu"):
+            compiled = Path(self.build_temp, source.relative_to(ROOT)).with_suffix(".o")
+            if compiled.exists() and compiled.stat().st_mtime < newest:
+                compiled.unlink()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        self.remove_stale_cuda_objects()
         if ext.name == "fastgpt.libfastgpt":
             all_sources = ext.sources
             flags = ext.extra_compile_args["cxx"]
