@@ -47,6 +47,11 @@ VARIABLES: tuple[Variable, ...] = (
         "0",
         "1: launch decode kernels one by one instead of by graph.",
     ),
+    Variable(
+        "FASTGPT_DISABLE_PDL",
+        "0",
+        "1: a decode kernel starts when the one before has ended, not while it runs.",
+    ),
 )
 
 _BY_NAME = {variable.name: variable for variable in VARIABLES}

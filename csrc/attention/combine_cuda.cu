@@ -1,4 +1,5 @@
 #include "attention/paged.cuh"
+#include "device/dependent.cuh"
 #include "device/pack.cuh"
 #include "device/types.cuh"
 #include "fastgpt/check.h"
@@ -18,7 +19,8 @@ constexpr int kThreads = 128;
 // num_reqs). Source: FlashDecoding; FlashAttention-2, arXiv:2307.08691, section 3.1.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    combine_splits_kernel(const __grid_constant__ PagedArgs args) {
+    combine_splits_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
+  const PagedArgs& args = dependent.wait();
   __shared__ float4 gathered[kThreads];
   __shared__ float gathered_weight[kThreads];
   const int req = int(blockIdx.y);
@@ -95,8 +97,7 @@ void launch_combine(const PagedArgs& args, DType dtype, const Stream& stream) {
   const dim3 grid(unsigned(args.tokens_per_req * args.num_heads), unsigned(args.num_reqs));
   const auto kernel =
       dtype == DType::kF16 ? combine_splits_kernel<__half> : combine_splits_kernel<__nv_bfloat16>;
-  kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(args);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace fastgpt::attention

@@ -1,4 +1,5 @@
 #include "attention/paged.cuh"
+#include "device/dependent.cuh"
 #include "device/launch.cuh"
 #include "device/pack.cuh"
 #include "device/types.cuh"
@@ -33,7 +34,7 @@ struct DecodeShape {
 // Grid: (num_splits, row tiles * num_kv_heads, num_reqs).
 template <class T, int D>
 __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
-    decode_kernel(const __grid_constant__ PagedArgs args) {
+    decode_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
 #if __CUDA_ARCH__ < 800
   if constexpr (!std::is_same_v<T, __half>) {
     return;  // has_tensor_cores keeps this dtype away
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
     constexpr int kWarps = Shape::kWarps;
     constexpr int kStages = Shape::kStages;
     extern __shared__ __align__(128) unsigned char shared[];
+    const PagedArgs& args = dependent.wait();
 
     const int warp = int(threadIdx.x / 32);
     const int lane = int(threadIdx.x % 32);
@@ -239,9 +241,8 @@ void launch(const PagedArgs& args, const Stream& stream) {
   const int row_tiles = (q_len * args.group + kRows - 1) / kRows;
   const dim3 grid(unsigned(args.num_splits), unsigned(row_tiles * args.num_kv_heads),
                   unsigned(args.num_reqs));
-  decode_kernel<T, D>
-      <<<grid, Shape::kWarps * 32, Shape::kBytes, static_cast<cudaStream_t>(stream.handle)>>>(args);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(decode_kernel<T, D>, grid, Shape::kWarps * 32, Shape::kBytes,
+                 static_cast<cudaStream_t>(stream.handle), args);
 }
 
 template <class T>

@@ -1,4 +1,5 @@
 #include "attention/paged.cuh"
+#include "device/dependent.cuh"
 #include "device/types.cuh"
 #include "fastgpt/check.h"
 
@@ -13,7 +14,9 @@ constexpr int kStepKeys = 4;  // keys a warp handles at once: their reductions o
 // arithmetic and element loads: any dtype, alignment and head size up to 32 * kPerLane.
 // Grid: (num_tokens, num_heads).
 template <class T, class C, int kPerLane>
-__global__ void __launch_bounds__(kWarps * 32) fma_kernel(const __grid_constant__ PagedArgs args) {
+__global__ void __launch_bounds__(kWarps * 32)
+    fma_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
+  const PagedArgs& args = dependent.wait();
   __shared__ float merged[kWarps][32 * kPerLane];
   __shared__ float maxima[kWarps];
   __shared__ float sums[kWarps];
@@ -125,8 +128,7 @@ void launch(const PagedArgs& args, const Stream& stream) {
                 " heads; expected at most 65535");
   const dim3 grid(unsigned(args.num_tokens), unsigned(args.num_heads));
   const auto kernel = args.head_dim_qk <= 256 ? fma_kernel<T, C, 8> : fma_kernel<T, C, 18>;
-  kernel<<<grid, kWarps * 32, 0, static_cast<cudaStream_t>(stream.handle)>>>(args);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(kernel, grid, kWarps * 32, 0, static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace

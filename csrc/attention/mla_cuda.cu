@@ -1,4 +1,5 @@
 #include "attention/paged.cuh"
+#include "device/dependent.cuh"
 #include "device/launch.cuh"
 #include "device/pack.cuh"
 #include "device/types.cuh"
@@ -34,7 +35,8 @@ struct MlaShape {
 // Rejected: one warp per 16 keys, which needs 256 registers for outputs alone.
 // Grid: (row tiles, num_splits, num_reqs); row tiles run fastest so that they share keys in L2.
 template <class T, int kTileKeys>
-__global__ void __launch_bounds__(kWarps * 32) mla_kernel(const __grid_constant__ PagedArgs args) {
+__global__ void __launch_bounds__(kWarps * 32)
+    mla_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
 #if __CUDA_ARCH__ < 800
   if constexpr (!std::is_same_v<T, __half> || kTileKeys > 16) {
     return;  // the launcher never asks for these
@@ -45,6 +47,7 @@ __global__ void __launch_bounds__(kWarps * 32) mla_kernel(const __grid_constant_
     constexpr int kWarpKeys = kTileKeys / kWarps;  // rows of a tile that one warp copies
     constexpr int kTiles = kTileKeys / 8;
     extern __shared__ __align__(128) unsigned char shared[];
+    const PagedArgs& args = dependent.wait();
     T* tiles = reinterpret_cast<T*>(shared);
     float4* scores = reinterpret_cast<float4*>(shared + Shape::kStageBytes);  // [warp][n][lane]
 
@@ -223,9 +226,8 @@ void launch(const PagedArgs& args, const Stream& stream) {
   const std::int64_t row_tiles =
       (std::int64_t(args.max_seqlen_q) * args.num_heads + kRows - 1) / kRows;
   const dim3 grid(unsigned(row_tiles), unsigned(args.num_splits), unsigned(args.num_reqs));
-  mla_kernel<T, kTileKeys>
-      <<<grid, kWarps * 32, kBytes, static_cast<cudaStream_t>(stream.handle)>>>(args);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(mla_kernel<T, kTileKeys>, grid, kWarps * 32, kBytes,
+                 static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include "attention/paged.cuh"
+#include "device/dependent.cuh"
 #include "device/launch.cuh"
 #include "device/types.cuh"
 #include "fastgpt/check.h"
@@ -27,7 +28,7 @@ struct PrefillShape {
 // Source: FlashAttention-2, arXiv:2307.08691.
 template <class T, int D>
 __global__ void __launch_bounds__(kWarps * 32)
-    prefill_kernel(const __grid_constant__ PagedArgs args) {
+    prefill_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
 #if __CUDA_ARCH__ < 800
   if constexpr (!std::is_same_v<T, __half>) {
     return;  // has_tensor_cores keeps this dtype away
@@ -38,6 +39,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     constexpr int kTileKeys = Shape::kTileKeys;
     constexpr int kWarpKeys = kTileKeys / kWarps;  // rows of a tile that one warp copies
     extern __shared__ __align__(128) unsigned char shared[];
+    const PagedArgs& args = dependent.wait();
     T* tiles = reinterpret_cast<T*>(shared);
 
     const int warp = int(threadIdx.x / 32);
@@ -195,9 +197,8 @@ void launch(const PagedArgs& args, const Stream& stream) {
   device::allow_shared_bytes<prefill_kernel<T, D>>(kBytes, stream.device);
   const std::int64_t row_tiles = (std::int64_t(args.max_seqlen_q) * args.group + kRows - 1) / kRows;
   const dim3 grid(unsigned(row_tiles), unsigned(args.num_kv_heads), unsigned(args.num_reqs));
-  prefill_kernel<T, D>
-      <<<grid, kWarps * 32, kBytes, static_cast<cudaStream_t>(stream.handle)>>>(args);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(prefill_kernel<T, D>, grid, kWarps * 32, kBytes,
+                 static_cast<cudaStream_t>(stream.handle), args);
 }
 
 template <class T>

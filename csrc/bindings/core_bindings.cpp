@@ -9,6 +9,7 @@
 #include "fastgpt/check.h"
 #include "fastgpt/cpu_isa.h"
 #include "fastgpt/gemm.h"
+#include "fastgpt/launch_scope.h"
 #include "fastgpt/thread_pool.h"
 
 namespace py = pybind11;
@@ -49,6 +50,8 @@ void bind_core(py::module_& m) {
   m.def("has_avx512_bf16", &has_avx512_bf16);
   m.def("use_bf16_dot", &use_bf16_dot);
   m.def("set_bf16_dot", &set_bf16_dot, py::arg("use"));
+  m.def("set_overlap_launches", &set_overlap_launches, py::arg("overlap"));
+  m.def("overlap_launches", &overlap_launches);
   m.def("arranged_shape", &arranged_shape, py::arg("device_type"), py::arg("format"), py::arg("n"),
         py::arg("k"), py::arg("group_size"));
 }

@@ -8,10 +8,8 @@
 
 namespace fastgpt::device {
 
-/// 16 bytes of data that no thread writes while the kernel runs, kept in L1.
-__device__ inline uint4 load_16(const void* pointer) {
-  return __ldg(static_cast<const uint4*>(pointer));
-}
+/// 16 bytes, kept in L1. A plain load: __ldg could pass the wait of a dependent kernel.
+__device__ inline uint4 load_16(const void* pointer) { return *static_cast<const uint4*>(pointer); }
 
 /// Eight 16-bit values of a row, zero at and behind column `end`; `aligned` says that vector loads
 /// are legal at multiples of eight.

@@ -9,11 +9,15 @@
 //   weight rows       columns ─►   block 0   block 1   block 2   block 3   block 4 ...
 //   16 of this CTA                 warp 0    warp 1    warp 2    warp 0    warp 1
 //
+// The rings fill before the kernel waits for its predecessor, so the first round of memory latency
+// passes while that one still runs. Experts wait first: the routing chooses their weights.
+//
 // Grid: (row tiles, weight tiles, heads). Row tiles run fastest, so CTAs that share a weight tile
 // run together and the second reads it from L2.
 #pragma once
 #include <algorithm>
 
+#include "device/dependent.cuh"
 #include "device/ptx.cuh"
 #include "gemm/arguments.cuh"
 #include "gemm/fragments.cuh"
@@ -48,7 +52,7 @@ int decode_shared_bytes(std::int64_t k, int num_warps) {
 
 template <WeightFormat kFormat, class W, class X, int kTilesN, int kTilesX>
 __global__ void __launch_bounds__(32 * kDecodeMaxWarps)
-    decode_kernel(const __grid_constant__ ProductArgs p) {
+    decode_kernel(const __grid_constant__ device::Dependent<ProductArgs> dependent) {
 #if __CUDA_ARCH__ >= 800
   using Stage = DecodeStage<kFormat, kTilesN>;
   constexpr bool kMixed = !std::is_same_v<W, X>;
@@ -59,8 +63,10 @@ __global__ void __launch_bounds__(32 * kDecodeMaxWarps)
   constexpr int kPitch = 16 * kTilesN + 4;  // floats between rows of x in the partial sums
   extern __shared__ __align__(16) std::uint8_t shared[];
 
+  const ProductArgs& p = dependent.constants();
+  if (p.sorted_rows != nullptr) dependent.wait();  // the routing chooses the weight
   const RowTile tile = row_tile<8 * kTilesX>(p, blockIdx.x);
-  if (tile.count <= 0) return;
+  if (tile.count <= 0) return;  // grouped only, and has waited
   const int lane = int(threadIdx.x % 32);
   const int warp = int(threadIdx.x / 32);
   const int num_warps = int(blockDim.x / 32);
@@ -135,6 +141,7 @@ __global__ void __launch_bounds__(32 * kDecodeMaxWarps)
     if (i < min(mine, ring)) fetch(stages + i * Stage::kTotalBytes);
     device::copy_async_commit();
   }
+  dependent.wait();  // the weights are on their way; x may still be written
 
   const X* rows[kTilesX];
   bool live[kTilesX];
@@ -286,8 +293,7 @@ void launch_decode(const ProductArgs& p, int num_batches, int num_sms, cudaStrea
   const int shared_bytes = decode_shared_bytes<kFormat, kTilesN, kTilesX>(p.k, warps);
   FASTGPT_CUDA_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  kernel<<<grid, unsigned(32 * warps), std::size_t(shared_bytes), stream>>>(p);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(kernel, grid, unsigned(32 * warps), std::size_t(shared_bytes), stream, p);
 }
 
 }  // namespace fastgpt::gemm

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "device/dependent.cuh"
 #include "device/dequant.cuh"
 #include "device/reduce.cuh"
 #include "gemm/layout.cuh"
@@ -74,9 +75,10 @@ constexpr int kPad = 4;     // keeps 16-byte rows and spreads banks
 // Grid: (row tiles, n / 64, heads).
 template <class X, class Reader>
 __global__ void __launch_bounds__(kThreads)
-    simt_tile_kernel(const __grid_constant__ ProductArgs p) {
+    simt_tile_kernel(const __grid_constant__ device::Dependent<ProductArgs> dependent) {
   __shared__ float x_tile[kDepth][kTile + kPad];
   __shared__ float w_tile[kDepth][kTile + kPad];
+  const ProductArgs& p = dependent.wait();
   const RowTile tile = row_tile<kTile>(p, blockIdx.x);
   if (tile.count <= 0) return;
   const std::int64_t n0 = std::int64_t(blockIdx.y) * kTile;
@@ -133,7 +135,9 @@ constexpr int kFewRows = 4;
 // fours. The weight is read once; x comes from L1.
 // Grid: (row tiles, n / 8, heads).
 template <class X, class Reader>
-__global__ void __launch_bounds__(kThreads) simt_row_kernel(const __grid_constant__ ProductArgs p) {
+__global__ void __launch_bounds__(kThreads)
+    simt_row_kernel(const __grid_constant__ device::Dependent<ProductArgs> dependent) {
+  const ProductArgs& p = dependent.wait();
   const RowTile tile = row_tile<kFewRows>(p, blockIdx.x);
   const std::int64_t n = std::int64_t(blockIdx.y) * (kThreads / 32) + threadIdx.x / 32;
   if (tile.count <= 0 || n >= p.n) return;
@@ -176,12 +180,11 @@ void launch(const ProductArgs& p, int num_batches, cudaStream_t stream) {
   device::dispatch_float(p.x_dtype, [&](auto tag) {
     using X = decltype(tag);
     if (few) {
-      simt_row_kernel<X, Reader><<<grid, kThreads, 0, stream>>>(p);
+      device::launch(simt_row_kernel<X, Reader>, grid, kThreads, 0, stream, p);
     } else {
-      simt_tile_kernel<X, Reader><<<grid, kThreads, 0, stream>>>(p);
+      device::launch(simt_tile_kernel<X, Reader>, grid, kThreads, 0, stream, p);
     }
   });
-  FASTGPT_CUDA_TRY(cudaGetLastError());
 }
 
 }  // namespace

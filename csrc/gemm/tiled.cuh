@@ -14,6 +14,7 @@
 // Grid: (row tiles, weight tiles, heads), row tiles fastest: a weight tile is read from memory
 // once.
 #pragma once
+#include "device/dependent.cuh"
 #include "device/ptx.cuh"
 #include "gemm/arguments.cuh"
 #include "gemm/fragments.cuh"
@@ -54,7 +55,7 @@ __device__ inline int x_chunk(int row, int chunk, int chunks_per_row) {
 
 template <WeightFormat kFormat, class W, class X>
 __global__ void __launch_bounds__(kTiledThreads, 2)
-    tiled_kernel(const __grid_constant__ ProductArgs p) {
+    tiled_kernel(const __grid_constant__ device::Dependent<ProductArgs> dependent) {
 #if __CUDA_ARCH__ >= 800
   using Stage = TiledStage<kFormat>;
   constexpr bool kMixed = !std::is_same_v<W, X>;
@@ -65,6 +66,7 @@ __global__ void __launch_bounds__(kTiledThreads, 2)
   extern __shared__ __align__(16) std::uint8_t shared[];
   __shared__ std::int64_t x_offsets[kTiledX];
 
+  const ProductArgs& p = dependent.wait();
   const RowTile tile = row_tile<kTiledX>(p, blockIdx.x);
   if (tile.count <= 0) return;
   const int thread = int(threadIdx.x);
@@ -258,8 +260,7 @@ void launch_tiled(const ProductArgs& p, int num_batches, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   const dim3 grid(unsigned(num_row_tiles(p, kTiledX)), unsigned(ceil_div(p.n, kTiledN)),
                   unsigned(num_batches));
-  kernel<<<grid, kTiledThreads, kBytes, stream>>>(p);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(kernel, grid, kTiledThreads, kBytes, stream, p);
 }
 
 }  // namespace fastgpt::gemm

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/dependent.cuh"
 #include "device/pack.cuh"
 #include "fastgpt/check.h"
 #include "kv_cache/kernels.h"
@@ -31,16 +32,28 @@ struct CacheSlots {
   std::int64_t num_blocks;
 };
 
+struct WriteArgs {
+  Part first;
+  Part second;
+  DType dtype;
+  const std::int64_t* slot_mapping;
+  std::int64_t slot_mapping_stride;
+  CacheSlots cache;
+  DType cache_dtype;
+};
+
 // One CTA stores one token: keys and values, or latent and rope key, converted to the cache's
 // dtype. A thread moves kSize elements at a time. Grid: num_tokens. A slot past the cache is
 // skipped like a negative one: it must not corrupt a neighbour.
 template <int kSize>
 __global__ void __launch_bounds__(kMaxThreads)
-    write_slots_kernel(const __grid_constant__ Part first, const __grid_constant__ Part second,
-                       DType dtype, const std::int64_t* slot_mapping,
-                       std::int64_t slot_mapping_stride, CacheSlots cache, DType cache_dtype) {
+    write_slots_kernel(const __grid_constant__ device::Dependent<WriteArgs> dependent) {
+  const WriteArgs& args = dependent.wait();
+  const Part& first = args.first;
+  const Part& second = args.second;
+  const CacheSlots& cache = args.cache;
   const std::int64_t token = blockIdx.x;
-  const std::int64_t slot = slot_mapping[token * slot_mapping_stride];
+  const std::int64_t slot = args.slot_mapping[token * args.slot_mapping_stride];
   if (slot < 0 || slot >= cache.num_blocks * cache.block_size) return;
   const std::int64_t target =
       slot / cache.block_size * cache.block_stride + slot % cache.block_size * cache.slot_stride;
@@ -52,11 +65,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     const std::int64_t row = index / part.width;
     const int column = index % part.width;
     float values[kSize];
-    device::load_as_float<kSize>(
-        part.source, dtype, token * part.token_stride + row * part.row_stride + column, values);
+    device::load_as_float<kSize>(part.source, args.dtype,
+                                 token * part.token_stride + row * part.row_stride + column,
+                                 values);
     device::store_from_float<kSize>(
-        cache.data, cache_dtype, target + part.cache_offset + row * part.cache_row_stride + column,
-        values);
+        cache.data, args.cache_dtype,
+        target + part.cache_offset + row * part.cache_row_stride + column, values);
   }
 }
 
@@ -69,10 +83,11 @@ void launch(const Part& first, const Part& second, DType dtype, const TensorView
                          kv_cache.size(slot_dim), kv_cache.size(0)};
   const int threads = std::min(kMaxThreads, (elements / (aligned ? kPack : 1) + 31) / 32 * 32);
   const auto kernel = aligned ? write_slots_kernel<kPack> : write_slots_kernel<1>;
-  kernel<<<unsigned(num_tokens), threads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-      first, second, dtype, slot_mapping.as<std::int64_t>(), slot_mapping.stride(0), cache,
-      kv_cache.dtype);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  const WriteArgs args{
+      first, second,        dtype, slot_mapping.as<std::int64_t>(), slot_mapping.stride(0),
+      cache, kv_cache.dtype};
+  device::launch(kernel, unsigned(num_tokens), unsigned(threads), 0,
+                 static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace

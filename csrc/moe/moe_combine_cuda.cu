@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "device/dependent.cuh"
 #include "device/pack.cuh"
 #include "fastgpt/check.h"
 #include "moe/kernels.h"
@@ -31,7 +32,8 @@ struct CombineArgs {
 // depend on the batch. Grid: num_tokens * chunks.
 template <int kSize>
 __global__ void __launch_bounds__(kThreads)
-    moe_combine_kernel(const __grid_constant__ CombineArgs args) {
+    moe_combine_kernel(const __grid_constant__ device::Dependent<CombineArgs> dependent) {
+  const CombineArgs& args = dependent.wait();
   const std::int64_t token = blockIdx.x / args.chunks;
   const int column = int((blockIdx.x % args.chunks) * kThreads + threadIdx.x) * kSize;
   if (column >= args.hidden) return;
@@ -81,9 +83,8 @@ void moe_combine_cuda(const MoeCombineParams& p, const Stream& stream) {
                          int(hidden),
                          unsigned(chunks)};
   const auto kernel = aligned ? moe_combine_kernel<kPack> : moe_combine_kernel<1>;
-  kernel<<<unsigned(num_tokens * chunks), kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-      args);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(kernel, unsigned(num_tokens * chunks), kThreads, 0,
+                 static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace fastgpt::moe

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "device/dependent.cuh"
 #include "device/order.cuh"
 #include "device/reduce.cuh"
 #include "fastgpt/check.h"
@@ -42,7 +43,9 @@ __device__ int take_largest(const float* values, bool* taken, int n) {
 }
 
 // One warp routes one token; scores live in shared memory. Grid: num_tokens.
-__global__ void __launch_bounds__(32) moe_route_kernel(const __grid_constant__ RouteArgs args) {
+__global__ void __launch_bounds__(32)
+    moe_route_kernel(const __grid_constant__ device::Dependent<RouteArgs> dependent) {
+  const RouteArgs& args = dependent.wait();
   extern __shared__ float shared[];
   const int num_experts = args.num_experts;
   float* score = shared;                // what the weights are made of
@@ -134,9 +137,8 @@ void moe_route_cuda(const MoeRouteParams& p, const Stream& stream) {
                             std::size_t(num_experts + p.num_groups);
   FASTGPT_CHECK(bytes <= 48 << 10, "num_groups is ", p.num_groups, " for ", num_experts,
                 " experts; their scores need more than 48 KiB of shared memory");
-  moe_route_kernel<<<unsigned(p.logits.size(0)), 32, bytes,
-                     static_cast<cudaStream_t>(stream.handle)>>>(args);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(moe_route_kernel, unsigned(p.logits.size(0)), 32, bytes,
+                 static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace fastgpt::moe

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/dependent.cuh"
 #include "fastgpt/check.h"
 #include "moe/kernels.h"
 
@@ -10,6 +11,14 @@ namespace {
 
 constexpr int kMaxWarps = 32;
 constexpr int kSharedBytes = 48 << 10;
+
+struct SortArgs {
+  const std::int32_t* expert_ids;
+  int num_rows;
+  int num_experts;
+  std::int32_t* sorted_rows;
+  std::int32_t* offsets;
+};
 
 // Lanes with the same expert, and among them the number of lower ones.
 __device__ unsigned same_expert(int expert, int* rank) {
@@ -26,9 +35,12 @@ __device__ unsigned same_expert(int expert, int* rank) {
 // Lanes with one expert count and place themselves through match_any; no atomics. Ids outside
 // 0 .. num_experts - 1 are left out. Grid: 1.
 __global__ void __launch_bounds__(kMaxWarps * 32)
-    moe_sort_kernel(const std::int32_t* expert_ids, int num_rows, int num_experts,
-                    std::int32_t* sorted_rows, std::int32_t* offsets) {
+    moe_sort_kernel(const __grid_constant__ device::Dependent<SortArgs> dependent) {
   extern __shared__ std::int32_t shared[];
+  const SortArgs& args = dependent.wait();
+  const std::int32_t* expert_ids = args.expert_ids;
+  const int num_rows = args.num_rows;
+  const int num_experts = args.num_experts;
   const int num_warps = int(blockDim.x / 32);
   const int warp = int(threadIdx.x / 32);
   const int lane = int(threadIdx.x % 32);
@@ -73,11 +85,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
       }
       if (base + lane < num_experts) {
         totals[base + lane] = carry + sum - total;
-        offsets[base + lane] = carry + sum - total;
+        args.offsets[base + lane] = carry + sum - total;
       }
       carry += __shfl_sync(~0U, sum, 31);
     }
-    if (lane == 0) offsets[num_experts] = carry;
+    if (lane == 0) args.offsets[num_experts] = carry;
   }
   __syncthreads();
 
@@ -89,7 +101,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32)
     const std::int32_t place = valid ? totals[expert] + counts[expert] + rank : 0;
     __syncwarp();
     if (valid) {
-      sorted_rows[place] = i + lane;
+      args.sorted_rows[place] = i + lane;
       if (rank == 0) counts[expert] += __popc(peers);
     }
     __syncwarp();
@@ -106,10 +118,10 @@ void moe_sort_cuda(const MoeSortParams& p, const Stream& stream) {
                 kSharedBytes / 8);
   const int warps = std::clamp((num_rows + 31) / 32, 1, std::min(fitting, kMaxWarps));
   const int bytes = 4 * num_experts * (warps + 1);
-  moe_sort_kernel<<<1, warps * 32, bytes, static_cast<cudaStream_t>(stream.handle)>>>(
-      p.expert_ids.as<std::int32_t>(), num_rows, num_experts, p.sorted_rows.as<std::int32_t>(),
-      p.offsets.as<std::int32_t>());
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  const SortArgs args{p.expert_ids.as<std::int32_t>(), num_rows, num_experts,
+                      p.sorted_rows.as<std::int32_t>(), p.offsets.as<std::int32_t>()};
+  device::launch(moe_sort_kernel, 1, unsigned(warps * 32), std::size_t(bytes),
+                 static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace fastgpt::moe

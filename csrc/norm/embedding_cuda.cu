@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "device/dependent.cuh"
 #include "device/pack.cuh"
 #include "device/types.cuh"
 #include "fastgpt/check.h"
@@ -10,20 +11,34 @@ namespace {
 
 constexpr int kThreads = 128;
 
+template <class T>
+struct EmbeddingArgs {
+  const std::int64_t* ids;
+  std::int64_t id_stride;
+  const void* weight;
+  DType weight_dtype;
+  std::int64_t weight_stride;
+  std::int64_t vocab_size;
+  T* out;
+  std::int64_t out_stride;
+  std::int64_t hidden;
+  unsigned chunks;
+};
+
 // One thread copies kSize columns of one row. Grid: num_tokens * chunks CTAs. An id outside the
 // table cannot raise from a kernel: its row becomes NaN, which no later step can hide.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kThreads)
-    embedding_kernel(const std::int64_t* ids, std::int64_t id_stride, const void* weight,
-                     DType weight_dtype, std::int64_t weight_stride, std::int64_t vocab_size,
-                     T* out, std::int64_t out_stride, std::int64_t hidden, unsigned chunks) {
-  const std::int64_t token = blockIdx.x / chunks;
-  const std::int64_t column = (std::int64_t(blockIdx.x % chunks) * kThreads + threadIdx.x) * kSize;
-  if (column >= hidden) return;
-  const std::int64_t id = ids[token * id_stride];
+    embedding_kernel(const __grid_constant__ device::Dependent<EmbeddingArgs<T>> dependent) {
+  const EmbeddingArgs<T>& p = dependent.wait();
+  const std::int64_t token = blockIdx.x / p.chunks;
+  const std::int64_t column =
+      (std::int64_t(blockIdx.x % p.chunks) * kThreads + threadIdx.x) * kSize;
+  if (column >= p.hidden) return;
+  const std::int64_t id = p.ids[token * p.id_stride];
   float values[kSize];
-  if (id >= 0 && id < vocab_size) {
-    device::load_as_float<kSize>(weight, weight_dtype, id * weight_stride + column, values);
+  if (id >= 0 && id < p.vocab_size) {
+    device::load_as_float<kSize>(p.weight, p.weight_dtype, id * p.weight_stride + column, values);
   } else {
 #pragma unroll
     for (int e = 0; e < kSize; ++e) values[e] = __int_as_float(0x7FC00000);
@@ -31,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   device::Pack<T, kSize> result;
 #pragma unroll
   for (int e = 0; e < kSize; ++e) result.values[e] = device::from_float<T>(values[e]);
-  device::store_pack(out + token * out_stride + column, result);
+  device::store_pack(p.out + token * p.out_stride + column, result);
 }
 
 }  // namespace
@@ -47,11 +62,18 @@ void embedding_cuda(const EmbeddingParams& p, const Stream& stream) {
       const std::int64_t chunks = (hidden + kSize * kThreads - 1) / (kSize * kThreads);
       FASTGPT_CHECK(num_tokens * chunks < (std::int64_t(1) << 31), "ids has ", num_tokens,
                     " elements, too many for one launch; split them");
-      embedding_kernel<T, kSize><<<unsigned(num_tokens * chunks), kThreads, 0,
-                                   static_cast<cudaStream_t>(stream.handle)>>>(
-          p.ids.as<std::int64_t>(), p.ids.stride(0), p.weight.data, p.weight.dtype,
-          p.weight.stride(0), p.weight.size(0), p.out.as<T>(), p.out.stride(0), hidden,
-          unsigned(chunks));
+      const EmbeddingArgs<T> args{p.ids.as<std::int64_t>(),
+                                  p.ids.stride(0),
+                                  p.weight.data,
+                                  p.weight.dtype,
+                                  p.weight.stride(0),
+                                  p.weight.size(0),
+                                  p.out.as<T>(),
+                                  p.out.stride(0),
+                                  hidden,
+                                  unsigned(chunks)};
+      device::launch(embedding_kernel<T, kSize>, unsigned(num_tokens * chunks), kThreads, 0,
+                     static_cast<cudaStream_t>(stream.handle), args);
     };
     constexpr int kFull = device::kPackSize<T>;
     if (device::rows_aligned(p.weight, kFull) && device::rows_aligned(p.out, kFull)) {
@@ -60,7 +82,6 @@ void embedding_cuda(const EmbeddingParams& p, const Stream& stream) {
       run(std::integral_constant<int, 1>{});
     }
   });
-  FASTGPT_CUDA_TRY(cudaGetLastError());
 }
 
 }  // namespace fastgpt::norm

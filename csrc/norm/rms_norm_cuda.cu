@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "device/dependent.cuh"
 #include "device/pack.cuh"
 #include "device/reduce.cuh"
 #include "device/types.cuh"
@@ -21,6 +22,23 @@ struct RowsView {
   }
 };
 
+template <class T>
+struct NormArgs {
+  T* x;
+  const void* addend;
+  const void* weight;
+  DType weight_dtype;
+  void* out;
+  DType out_dtype;
+  unsigned num_rows;
+  unsigned inner;
+  int hidden;
+  RowsView x_rows;
+  RowsView addend_rows;
+  RowsView out_rows;
+  float eps;
+};
+
 // blockDim.x threads own one row; rows of up to 32 packs are stacked blockDim.y to a CTA, so that
 // the norms of attention heads do not run as thousands of one-warp CTAs. A thread keeps its first
 // packs in registers: rows up to 2 * blockDim.x packs are read once.
@@ -28,26 +46,26 @@ struct RowsView {
 // addend and out may differ from x's and is read at run time.
 template <class T, int kSize, bool kAdd>
 __global__ void __launch_bounds__(1024)
-    rms_norm_kernel(T* x, const void* addend, const void* weight, DType weight_dtype, void* out,
-                    DType out_dtype, unsigned num_rows, unsigned inner, int hidden, RowsView x_rows,
-                    RowsView addend_rows, RowsView out_rows, float eps) {
+    rms_norm_kernel(const __grid_constant__ device::Dependent<NormArgs<T>> dependent) {
   using device::Pack;
   __shared__ float scratch[32];
+  const NormArgs<T>& args = dependent.wait();
   const unsigned row = blockIdx.x * blockDim.y + threadIdx.y;
-  if (row >= num_rows) return;  // blockDim.y > 1 only with one warp a row: no barrier is missed
-  const std::int64_t i = row / inner;
-  const std::int64_t j = row % inner;
-  x += x_rows.offset(i, j);
-  const std::int64_t out_start = out_rows.offset(i, j);
-  const std::int64_t addend_start = addend_rows.offset(i, j);
-  const int num_packs = hidden / kSize;
+  // blockDim.y > 1 only with one warp a row: no barrier is missed
+  if (row >= args.num_rows) return;
+  const std::int64_t i = row / args.inner;
+  const std::int64_t j = row % args.inner;
+  T* const x = args.x + args.x_rows.offset(i, j);
+  const std::int64_t out_start = args.out_rows.offset(i, j);
+  const std::int64_t addend_start = args.addend_rows.offset(i, j);
+  const int num_packs = args.hidden / kSize;
 
   Pack<T, kSize> cached[kCachedPacks];
   float sum = 0.0F;
   const auto accumulate = [&](Pack<T, kSize>& pack, int p) {
     if (kAdd) {
       float other[kSize];
-      device::load_as_float<kSize>(addend, out_dtype, addend_start + p * kSize, other);
+      device::load_as_float<kSize>(args.addend, args.out_dtype, addend_start + p * kSize, other);
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {
         pack.values[e] = device::from_float<T>(device::to_float(pack.values[e]) + other[e]);
@@ -74,19 +92,19 @@ __global__ void __launch_bounds__(1024)
     accumulate(pack, p);
   }
   sum = blockDim.x == 32 ? device::warp_sum(sum) : device::block_sum(sum, scratch);
-  const float inv = rsqrtf(sum / float(hidden) + eps);
+  const float inv = rsqrtf(sum / float(args.hidden) + args.eps);
 
   const auto write = [&](const Pack<T, kSize>& pack, int p) {
     float gain[kSize];
-    if (weight != nullptr) {
-      device::load_as_float<kSize>(weight, weight_dtype, p * kSize, gain);
+    if (args.weight != nullptr) {
+      device::load_as_float<kSize>(args.weight, args.weight_dtype, p * kSize, gain);
     } else {
 #pragma unroll
       for (int e = 0; e < kSize; ++e) gain[e] = 1.0F;
     }
 #pragma unroll
     for (int e = 0; e < kSize; ++e) gain[e] *= device::to_float(pack.values[e]) * inv;
-    device::store_from_float<kSize>(out, out_dtype, out_start + p * kSize, gain);
+    device::store_from_float<kSize>(args.out, args.out_dtype, out_start + p * kSize, gain);
   };
 #pragma unroll
   for (int c = 0; c < kCachedPacks; ++c) {
@@ -123,10 +141,21 @@ void launch(const TensorView& x, const TensorView& addend, const TensorView& wei
       const unsigned grid = unsigned((num_rows + height - 1) / height);
       const auto kernel =
           addend ? rms_norm_kernel<T, kSize, true> : rms_norm_kernel<T, kSize, false>;
-      kernel<<<grid, dim3(width, height), 0, static_cast<cudaStream_t>(stream.handle)>>>(
-          x.as<T>(), addend.data, weight.data, weight.dtype, out.data, out.dtype,
-          unsigned(num_rows), unsigned(inner), int(hidden), rows_of(x),
-          addend ? rows_of(addend) : RowsView{}, rows_of(out), eps);
+      const NormArgs<T> args{x.as<T>(),
+                             addend.data,
+                             weight.data,
+                             weight.dtype,
+                             out.data,
+                             out.dtype,
+                             unsigned(num_rows),
+                             unsigned(inner),
+                             int(hidden),
+                             rows_of(x),
+                             addend ? rows_of(addend) : RowsView{},
+                             rows_of(out),
+                             eps};
+      device::launch(kernel, grid, dim3(width, height), 0, static_cast<cudaStream_t>(stream.handle),
+                     args);
     };
     constexpr int kFull = device::kPackSize<T>;
     if (device::rows_aligned(x, kFull) && device::rows_aligned(addend, kFull) &&
@@ -136,7 +165,6 @@ void launch(const TensorView& x, const TensorView& addend, const TensorView& wei
       run(std::integral_constant<int, 1>{});
     }
   });
-  FASTGPT_CUDA_TRY(cudaGetLastError());
 }
 
 }  // namespace

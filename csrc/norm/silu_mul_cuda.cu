@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "device/dependent.cuh"
 #include "device/pack.cuh"
 #include "device/types.cuh"
 #include "fastgpt/check.h"
@@ -10,17 +11,28 @@ namespace {
 
 constexpr int kThreads = 128;
 
+template <class T>
+struct SiluMulArgs {
+  const T* x;
+  std::int64_t x_stride;
+  T* out;
+  std::int64_t out_stride;
+  std::int64_t width;
+  unsigned chunks;
+};
+
 // One thread computes kSize columns of one row: two loads, one store.
 // Grid: num_rows * chunks CTAs, chunks = ceil(width / (kSize * kThreads)), a row's side by side.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kThreads)
-    silu_mul_kernel(const T* x, std::int64_t x_stride, T* out, std::int64_t out_stride,
-                    std::int64_t width, unsigned chunks) {
-  const std::int64_t row = blockIdx.x / chunks;
-  const std::int64_t column = (std::int64_t(blockIdx.x % chunks) * kThreads + threadIdx.x) * kSize;
-  if (column >= width) return;
-  const auto gate = device::load_pack<kSize>(x + row * x_stride + column);
-  const auto up = device::load_pack<kSize>(x + row * x_stride + width + column);
+    silu_mul_kernel(const __grid_constant__ device::Dependent<SiluMulArgs<T>> dependent) {
+  const SiluMulArgs<T>& p = dependent.wait();
+  const std::int64_t row = blockIdx.x / p.chunks;
+  const std::int64_t column =
+      (std::int64_t(blockIdx.x % p.chunks) * kThreads + threadIdx.x) * kSize;
+  if (column >= p.width) return;
+  const auto gate = device::load_pack<kSize>(p.x + row * p.x_stride + column);
+  const auto up = device::load_pack<kSize>(p.x + row * p.x_stride + p.width + column);
   device::Pack<T, kSize> result;
 #pragma unroll
   for (int e = 0; e < kSize; ++e) {
@@ -28,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
     result.values[e] =
         device::from_float<T>(g / (1.0F + expf(-g)) * device::to_float(up.values[e]));
   }
-  device::store_pack(out + row * out_stride + column, result);
+  device::store_pack(p.out + row * p.out_stride + column, result);
 }
 
 }  // namespace
@@ -44,9 +56,10 @@ void silu_mul_cuda(const SiluMulParams& p, const Stream& stream) {
       const std::int64_t chunks = (width + kSize * kThreads - 1) / (kSize * kThreads);
       FASTGPT_CHECK(num_rows * chunks < (std::int64_t(1) << 31), "x has ", num_rows, " rows of ",
                     2 * width, ", too many for one launch; split the rows");
-      silu_mul_kernel<T, kSize>
-          <<<unsigned(num_rows * chunks), kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(
-              p.x.as<T>(), p.x.stride(0), p.out.as<T>(), p.out.stride(0), width, unsigned(chunks));
+      const SiluMulArgs<T> args{p.x.as<T>(),     p.x.stride(0), p.out.as<T>(),
+                                p.out.stride(0), width,         unsigned(chunks)};
+      device::launch(silu_mul_kernel<T, kSize>, unsigned(num_rows * chunks), kThreads, 0,
+                     static_cast<cudaStream_t>(stream.handle), args);
     };
     constexpr int kFull = device::kPackSize<T>;
     // The row of x holds gate and up, so up is aligned only if out's width is whole packs.
@@ -56,7 +69,6 @@ void silu_mul_cuda(const SiluMulParams& p, const Stream& stream) {
       run(std::integral_constant<int, 1>{});
     }
   });
-  FASTGPT_CUDA_TRY(cudaGetLastError());
 }
 
 }  // namespace fastgpt::norm

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include "device/dependent.cuh"
 #include "fastgpt/check.h"
 #include "sampling/kernels.h"
 
@@ -27,7 +28,8 @@ struct PenalizeArgs {
 // one launch of CTAs that leave at once. Most words are 0 and their logits are not even read.
 // Grid: (chunks of the vocabulary, num_rows). A slot past the history is skipped.
 __global__ void __launch_bounds__(kThreads)
-    penalize_kernel(const __grid_constant__ PenalizeArgs args) {
+    penalize_kernel(const __grid_constant__ device::Dependent<PenalizeArgs> dependent) {
+  const PenalizeArgs& args = dependent.wait();
   const std::int64_t row = blockIdx.y;
   const std::int64_t slot = args.slots[row];
   const float repetition = args.repetition[row];
@@ -51,19 +53,29 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+struct RecordArgs {
+  std::uint32_t* history;
+  std::int64_t history_stride;
+  std::int64_t num_slots;
+  std::int64_t vocab_size;
+  const std::int64_t* slots;
+  const std::int64_t* ids;
+  std::int64_t num_ids;
+  bool is_prompt;
+};
+
 // One thread enters one token. Atomics, because one call may name a (slot, id) pair twice.
 // Grid: ceil(num_ids / kThreads). Slots and ids outside the history are skipped.
 __global__ void __launch_bounds__(kThreads)
-    record_tokens_kernel(std::uint32_t* history, std::int64_t history_stride,
-                         std::int64_t num_slots, std::int64_t vocab_size, const std::int64_t* slots,
-                         const std::int64_t* ids, std::int64_t num_ids, bool is_prompt) {
+    record_tokens_kernel(const __grid_constant__ device::Dependent<RecordArgs> dependent) {
+  const RecordArgs& args = dependent.wait();
   const std::int64_t i = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= num_ids) return;
-  const std::int64_t slot = slots[i];
-  const std::int64_t id = ids[i];
-  if (slot < 0 || slot >= num_slots || id < 0 || id >= vocab_size) return;
-  std::uint32_t* word = history + slot * history_stride + id;
-  if (is_prompt) {
+  if (i >= args.num_ids) return;
+  const std::int64_t slot = args.slots[i];
+  const std::int64_t id = args.ids[i];
+  if (slot < 0 || slot >= args.num_slots || id < 0 || id >= args.vocab_size) return;
+  std::uint32_t* word = args.history + slot * args.history_stride + id;
+  if (args.is_prompt) {
     atomicOr(word, kInPrompt);
   } else {
     atomicAdd(word, 1U);
@@ -82,17 +94,17 @@ void penalize_cuda(const PenalizeParams& p, const Stream& stream) {
                 " rows; expected at most 65535");
   const std::int64_t chunks = (p.logits.size(1) + 4 * kThreads - 1) / (4 * kThreads);
   const dim3 grid(unsigned(chunks < 1024 ? chunks : 1024), unsigned(p.logits.size(0)));
-  penalize_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle)>>>(args);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  device::launch(penalize_kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle),
+                 args);
 }
 
 void record_tokens_cuda(const RecordTokensParams& p, const Stream& stream) {
   const std::int64_t num_ids = p.ids.size(0);
-  record_tokens_kernel<<<unsigned((num_ids + kThreads - 1) / kThreads), kThreads, 0,
-                         static_cast<cudaStream_t>(stream.handle)>>>(
-      p.history.as<std::uint32_t>(), p.history.stride(0), p.history.size(0), p.history.size(1),
-      p.slots.as<std::int64_t>(), p.ids.as<std::int64_t>(), num_ids, p.is_prompt);
-  FASTGPT_CUDA_TRY(cudaGetLastError());
+  const RecordArgs args{
+      p.history.as<std::uint32_t>(), p.history.stride(0),      p.history.size(0), p.history.size(1),
+      p.slots.as<std::int64_t>(),    p.ids.as<std::int64_t>(), num_ids,           p.is_prompt};
+  device::launch(record_tokens_kernel, unsigned((num_ids + kThreads - 1) / kThreads), kThreads, 0,
+                 static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace fastgpt::sampling

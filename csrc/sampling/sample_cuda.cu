@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "device/dependent.cuh"
 #include "device/launch.cuh"
 #include "device/order.cuh"
 #include "fastgpt/check.h"
@@ -153,7 +154,8 @@ __device__ std::uint32_t select_key(RowType& row, const float* values, int count
 // memory once however many passes the settings need. All sums are of integers: the result does not
 // depend on this division and equals the CPU's bit for bit. Grid: num_rows * cluster size.
 template <bool kClustered>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant__ SampleArgs args) {
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(const __grid_constant__ device::Dependent<SampleArgs> dependent) {
 #if __CUDA_ARCH__ < 900
   if constexpr (kClustered) {
     return;  // the launcher never asks for it
@@ -161,6 +163,7 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const __grid_constant_
 #endif
   {
     extern __shared__ float cache[];
+    const SampleArgs& args = dependent.wait();
     __shared__ Exchange exchange;
     Row<kClustered> row{&exchange};
     const std::int64_t r = blockIdx.x / row.size();
@@ -267,19 +270,9 @@ void launch(SampleArgs args, std::int64_t num_rows, const Stream& stream) {
   const int available = limit - int(sizeof(Exchange)) - 1024;
   args.is_cached = slice <= available / 4;
   device::allow_shared_bytes<sample_kernel<kClustered>>(available / 4 * 4, stream.device);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(num_rows * ctas));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = args.is_cached ? std::size_t(slice) * 4 : 0;
-  config.stream = static_cast<cudaStream_t>(stream.handle);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(ctas);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = kClustered ? 1 : 0;
-  FASTGPT_CUDA_TRY(cudaLaunchKernelEx(&config, sample_kernel<kClustered>, args));
+  const std::size_t shared_bytes = args.is_cached ? std::size_t(slice) * 4 : 0;
+  device::launch(sample_kernel<kClustered>, unsigned(num_rows * ctas), kThreads, shared_bytes,
+                 static_cast<cudaStream_t>(stream.handle), args, unsigned(ctas));
 }
 
 }  // namespace

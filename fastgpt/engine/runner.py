@@ -1,11 +1,13 @@
 """Running one step on the device: forward, logits, sampling; one CUDA-graph replay per decode."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
-from fastgpt import env
+from fastgpt import _C, env
 from fastgpt.batch import Batch
 from fastgpt.engine.batch import InputBuffers, StepInputs
 from fastgpt.engine.sampler import Sampler
@@ -66,6 +68,10 @@ class Runner:
         buffers: the input buffers.
         sampler: the sampler.
         max_batch: most requests in a step.
+
+    Attributes:
+        overlap_launches: whether the kernels of a decode step start while the ones before them
+            run (compute capability 9.0 and newer). A captured graph keeps what held at its capture.
     """
 
     def __init__(
@@ -82,6 +88,7 @@ class Runner:
         self.buffers = buffers
         self.sampler = sampler
         self.busy_s = 0.0
+        self.overlap_launches = not env.flag("FASTGPT_DISABLE_PDL")
         self._check_numerics = env.flag("FASTGPT_CHECK_NUMERICS")
         self._synchronize = env.flag("FASTGPT_SYNC")
         self._on_gpu = kv_cache.device.type == "cuda"
@@ -92,6 +99,7 @@ class Runner:
         self._buckets: list[int] = []
         if self._on_gpu:
             self._copied = torch.cuda.Event()
+            torch.cuda.synchronize(device)  # weights are in place: decode steps read them ahead
 
     @torch.inference_mode()
     def warm_up(self, max_batch: int, max_batch_tokens: int, iterations: int) -> None:
@@ -102,7 +110,9 @@ class Runner:
         sizes = graph_buckets(max_batch) if self._on_gpu else [1, max_batch]
         for size in sizes:
             for _ in range(iterations):
-                self._compute(self.buffers.build_padding(size))
+                inputs = self.buffers.build_padding(size)
+                with self._decode_scope(inputs):
+                    self._compute(inputs)
         if self._on_gpu:
             self._compute(self.buffers.build_prefill_padding(max_batch_tokens))
         if self._on_gpu:
@@ -123,11 +133,12 @@ class Runner:
             for has_penalties in (False, True):
                 inputs = self.buffers.build_padding(bucket)
                 inputs.has_penalties = has_penalties
-                self._compute(inputs)
-                torch.cuda.synchronize(self.kv_cache.device)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
+                with self._decode_scope(inputs):
                     self._compute(inputs)
+                    torch.cuda.synchronize(self.kv_cache.device)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool):
+                        self._compute(inputs)
                 self._graphs[bucket, has_penalties] = graph
 
     def build_inputs(self, scheduled: list[ScheduledRequest]) -> StepInputs:
@@ -152,10 +163,23 @@ class Runner:
         if graph is not None:
             graph.replay()
         else:
-            self._compute(inputs)
+            with self._decode_scope(inputs):
+                self._compute(inputs)
         token_ids = self._fetch(inputs.num_samples)
         self.busy_s += time.perf_counter() - begin_s
         return token_ids
+
+    @contextmanager
+    def _decode_scope(self, inputs: StepInputs) -> Iterator[None]:
+        """Let the kernels of a decode step overlap; weights are constants while one runs.
+
+        A prefill's kernels are long, and it may follow the loading of weights.
+        """
+        _C.set_overlap_launches(self.overlap_launches and inputs.is_decode)
+        try:
+            yield
+        finally:
+            _C.set_overlap_launches(False)
 
     def _compute(self, inputs: StepInputs) -> None:
         hidden = self.model.forward(inputs.batch, self.kv_cache)
