@@ -66,6 +66,17 @@ def _write_kv() -> None:
     ops.write_kv(_rand(NUM_TOKENS, 2, 64), _rand(NUM_TOKENS, 2, 64), slots, _rand(5, 2, 16, 2, 64))
 
 
+def _rotary_write_kv() -> None:
+    positions, slots = _ints([0, 1, 2, 3, 9, 30, 31]), _ints([64, 17, -1, 3, 40, 41, 79])
+    qkv = _rand(NUM_TOKENS, 9, 64)
+    table = _rand(32, 48, dtype=torch.float32)
+    q, k, v = qkv.split_with_sizes((5, 2, 2), 1)
+    for interleaved in (False, True):
+        ops.rotary_write_kv(
+            positions, table, q, k, v, slots, _rand(5, 2, 16, 2, 64), interleaved=interleaved
+        )
+
+
 def _write_mla() -> None:
     slots = _ints([64, 17, -1, 3, 40, 41, 79])
     ops.write_mla(_rand(NUM_TOKENS, 512), _rand(NUM_TOKENS, 64), slots, _rand(5, BLOCK_SIZE, 576))
@@ -187,6 +198,7 @@ CASES: dict[str, Callable[[], object]] = {
     "record_tokens": _record_tokens,
     "rms_norm": lambda: ops.rms_norm(_rand(NUM_TOKENS, 5, HIDDEN), _rand(HIDDEN), 1e-6),
     "rotary": _rotary,
+    "rotary_write_kv": _rotary_write_kv,
     "sample": _sample,
     "silu_mul": lambda: ops.silu_mul(_rand(NUM_TOKENS, 2 * ROWS)),
     "write_kv": _write_kv,

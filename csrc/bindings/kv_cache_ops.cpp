@@ -12,6 +12,17 @@ void write_kv(const Tensor& k, const Tensor& v, const Tensor& slot_mapping,
   });
 }
 
+void rotary_write_kv(const Tensor& positions, const Tensor& cos_sin, const Tensor& q,
+                     const Tensor& k, const Tensor& v, const Tensor& slot_mapping,
+                     const Tensor& kv_cache, bool interleaved) {
+  guarded([&] {
+    check_same_device(q, {&positions, &cos_sin, &k, &v, &slot_mapping, &kv_cache});
+    kv_cache::rotary_write_kv({view(positions), view(cos_sin), view(q), view(k), view(v),
+                               view(slot_mapping), view(kv_cache), interleaved},
+                              stream_of(q));
+  });
+}
+
 void write_mla(const Tensor& kv_latent, const Tensor& k_pe, const Tensor& slot_mapping,
                const Tensor& kv_cache) {
   guarded([&] {
@@ -25,16 +36,21 @@ void write_mla(const Tensor& kv_latent, const Tensor& k_pe, const Tensor& slot_m
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastgpt, m) {
   m.def("write_kv(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) kv_cache) -> ()");
+  m.def(
+      "rotary_write_kv(Tensor positions, Tensor cos_sin, Tensor(a!) q, Tensor(b!) k, Tensor v, "
+      "Tensor slot_mapping, Tensor(c!) kv_cache, bool interleaved) -> ()");
   m.def("write_mla(Tensor kv_latent, Tensor k_pe, Tensor slot_mapping, Tensor(a!) kv_cache) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("write_kv", TORCH_BOX(&write_kv));
+  m.impl("rotary_write_kv", TORCH_BOX(&rotary_write_kv));
   m.impl("write_mla", TORCH_BOX(&write_mla));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
   m.impl("write_kv", TORCH_BOX(&write_kv));
+  m.impl("rotary_write_kv", TORCH_BOX(&rotary_write_kv));
   m.impl("write_mla", TORCH_BOX(&write_mla));
 }
 

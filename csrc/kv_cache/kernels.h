@@ -7,6 +7,9 @@ namespace fastgpt::kv_cache {
 void write_kv_cpu(const WriteKvParams& params);
 void write_kv_cuda(const WriteKvParams& params, const Stream& stream);
 
+void rotary_write_kv_cpu(const RotaryWriteKvParams& params);
+void rotary_write_kv_cuda(const RotaryWriteKvParams& params, const Stream& stream);
+
 void write_mla_cpu(const WriteMlaParams& params);
 void write_mla_cuda(const WriteMlaParams& params, const Stream& stream);
 

@@ -1,10 +1,11 @@
 #include "fastgpt/kv_cache.h"
 #include "fastgpt/tensor_check.h"
+#include "kv_cache/check.h"
 #include "kv_cache/kernels.h"
 
 namespace fastgpt::kv_cache {
 
-void write_kv(const WriteKvParams& p, const Stream& stream) {
+void check_write_kv(const WriteKvParams& p) {
   FASTGPT_CHECK_TENSOR(p.k, "k", 3);
   FASTGPT_CHECK_TENSOR(p.v, "v", 3);
   FASTGPT_CHECK_TENSOR(p.kv_cache, "kv_cache", 5);
@@ -19,6 +20,10 @@ void write_kv(const WriteKvParams& p, const Stream& stream) {
   FASTGPT_CHECK(p.k.size(2) <= p.kv_cache.size(4) && p.v.size(2) <= p.kv_cache.size(4),
                 "kv_cache has rows of ", p.kv_cache.size(4), " elements; k has head size ",
                 p.k.size(2), " and v ", p.v.size(2));
+}
+
+void write_kv(const WriteKvParams& p, const Stream& stream) {
+  check_write_kv(p);
   if (p.k.size(0) == 0 || p.k.size(1) == 0) return;
   FASTGPT_DISPATCH(stream, write_kv, p);
 }

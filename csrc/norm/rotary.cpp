@@ -16,7 +16,7 @@ void check_heads(const TensorView& x, const char* name, std::int64_t num_tokens,
 
 }  // namespace
 
-void rotary(const RotaryParams& p, const Stream& stream) {
+void check_rotary(const RotaryParams& p) {
   FASTGPT_CHECK_TENSOR(p.cos_sin, "cos_sin", 2);
   check_dtype(p.cos_sin, "cos_sin", DType::kF32);
   const std::int64_t rot_dim = p.cos_sin.size(1);
@@ -28,7 +28,11 @@ void rotary(const RotaryParams& p, const Stream& stream) {
     check_heads(p.k, "k", p.q.size(0), rot_dim);
     check_same_dtype(p.k, "k", p.q, "q");
   }
-  if (p.q.size(0) == 0 || rot_dim == 0) return;
+}
+
+void rotary(const RotaryParams& p, const Stream& stream) {
+  check_rotary(p);
+  if (p.q.size(0) == 0 || p.cos_sin.size(1) == 0) return;
   FASTGPT_DISPATCH(stream, rotary, p);
 }
 

@@ -61,8 +61,7 @@ class GqaAttention:
         q, k, v = packed.split_with_sizes((heads, kv_heads, kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        ops.rotary(batch.positions, self.cos_sin, q, k, interleaved=False)
-        ops.write_kv(k, v, batch.slot_mapping, kv_cache)
+        ops.rotary_write_kv(batch.positions, self.cos_sin, q, k, v, batch.slot_mapping, kv_cache)
         out = ops.attention(
             q,
             kv_cache,

@@ -6,7 +6,7 @@ allocates otherwise. Shapes, dtypes and errors stand in each docstring.
 
 from fastgpt.ops.attention import attention, attention_workspace_bytes, mla_attention
 from fastgpt.ops.gemm import ArrangedWeight, arrange, batched_linear, grouped_linear, linear
-from fastgpt.ops.kv_cache import write_kv, write_mla
+from fastgpt.ops.kv_cache import rotary_write_kv, write_kv, write_mla
 from fastgpt.ops.moe import moe_combine, moe_route, moe_sort
 from fastgpt.ops.norm import add_rms_norm, embedding, rms_norm, rotary, silu_mul
 from fastgpt.ops.quant import (
@@ -43,6 +43,7 @@ __all__ = [
     "record_tokens",
     "rms_norm",
     "rotary",
+    "rotary_write_kv",
     "sample",
     "silu_mul",
     "write_kv",

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastgpt.ops._library import call
 
-__all__ = ["write_kv", "write_mla"]
+__all__ = ["rotary_write_kv", "write_kv", "write_mla"]
 
 _ops = torch.ops.fastgpt
 
@@ -32,6 +32,40 @@ def write_kv(k: Tensor, v: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> No
     call(_ops.write_kv.default, k, v, slot_mapping, kv_cache)
 
 
+def rotary_write_kv(
+    positions: Tensor,
+    cos_sin: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    *,
+    interleaved: bool = False,
+) -> None:
+    """Rotate q and k in place, then store k and v in their slots: rotary and write_kv in one.
+
+    Bit for bit what the two calls do. k and v must not overlap q.
+
+    Args:
+        positions, cos_sin, interleaved: as in rotary.
+        q: [num_tokens, num_heads, >= rot_dim]; float32, float16 or bfloat16; changed.
+        k: [num_tokens, num_kv_heads, head_dim_qk >= rot_dim], dtype of q; changed.
+        v: [num_tokens, num_kv_heads, head_dim_v], dtype of q.
+        slot_mapping, kv_cache: as in write_kv.
+
+    Raises:
+        InvalidArgument: if shapes, dtypes or strides do not fit; on the CPU for a position outside
+            the table and for a slot past the cache, before anything is changed.
+
+    Sources: RoPE, arXiv:2104.09864; PagedAttention, arXiv:2309.06180.
+    """
+    call(
+        _ops.rotary_write_kv.default,
+        positions, cos_sin, q, k, v, slot_mapping, kv_cache, interleaved,
+    )  # fmt: skip
+
+
 def write_mla(kv_latent: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
     """Store each token's latent and rotary key side by side in its slot, in place.
 
@@ -52,6 +86,20 @@ def write_mla(kv_latent: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_cache: T
 
 @torch.library.register_fake("fastgpt::write_kv")
 def _(k: Tensor, v: Tensor, slot_mapping: Tensor, kv_cache: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("fastgpt::rotary_write_kv")
+def _(
+    positions: Tensor,
+    cos_sin: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slot_mapping: Tensor,
+    kv_cache: Tensor,
+    interleaved: bool,
+) -> None:
     return None
 
 

@@ -15,7 +15,20 @@ struct WriteKvParams {
 };
 void write_kv(const WriteKvParams& params, const Stream& stream);
 
-/// The same for multi-head latent attention: one row kv_latent | k_pe per token.
+/// norm::rotary of q and k, then write_kv of k and v: one launch instead of two on CUDA.
+struct RotaryWriteKvParams {
+  TensorView positions;     // int64 [num_tokens], each in 0 .. max_position - 1
+  TensorView cos_sin;       // float32 [max_position, rot_dim]: rot_dim / 2 cosines, then sines
+  TensorView q;             // [num_tokens, num_heads, >= rot_dim], rotated in place
+  TensorView k;             // [num_tokens, num_kv_heads, head_dim_qk >= rot_dim], rotated in place
+  TensorView v;             // [num_tokens, num_kv_heads, head_dim_v]
+  TensorView slot_mapping;  // int64 [num_tokens]
+  TensorView kv_cache;      // as in WriteKvParams
+  bool interleaved;
+};
+void rotary_write_kv(const RotaryWriteKvParams& params, const Stream& stream);
+
+/// write_kv for multi-head latent attention: one row kv_latent | k_pe per token.
 struct WriteMlaParams {
   TensorView kv_latent;     // [num_tokens, 512]
   TensorView k_pe;          // [num_tokens, 64]

@@ -38,6 +38,9 @@ struct RotaryParams {
 };
 void rotary(const RotaryParams& params, const Stream& stream);
 
+/// @throws InvalidArgument if shapes, dtypes or strides do not fit.
+void check_rotary(const RotaryParams& params);
+
 /// out = silu(gate) * up where x = gate | up. Source: SwiGLU, arXiv:2002.05202.
 struct SiluMulParams {
   TensorView x;    // [num_rows, 2 * width]

@@ -36,7 +36,8 @@ def rotary(
     compute: torch.dtype = torch.float64,
 ) -> None:
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin.to(compute)[positions].unsqueeze(1).split(half, dim=-1)
+    angles = cos_sin.to(compute)[positions].unsqueeze(1)
+    cos, sin = angles[..., :half], angles[..., half:]
     for x in (q, k):
         if x is None:
             continue
