@@ -3,12 +3,17 @@
     python benchmarks/decode.py --shape r1-qwen-1.5b --policy four-tier --device cpu
     python benchmarks/decode.py --model fastgpt/assets/tiny-r1 --device cuda
 
+    python benchmarks/decode.py --shape r1-qwen-1.5b --device cuda --compare-pdl
+
 Time per token is the difference of two generation lengths, so that prefill cancels. Prefill is the
-time to the first token of a prompt, less one decode step.
+time to the first token of a prompt, less one decode step. --compare-pdl measures twice on one GPU
+engine, first with kernels that start one after the other, then with overlapping launches, and
+demands the same tokens of both.
 """
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -22,8 +27,10 @@ from fastgpt.checkpoint import open_checkpoint
 from fastgpt.models import registry
 
 
-def generate_s(engine: Engine, num_prompt: int, num_tokens: int, batch: int, seed: int) -> float:
-    """Return the seconds to generate num_tokens for each of `batch` random prompts."""
+def generate_s(
+    engine: Engine, num_prompt: int, num_tokens: int, batch: int, seed: int
+) -> tuple[float, list[list[int]]]:
+    """Return the seconds to generate num_tokens for each of `batch` random prompts, and them."""
     generator = torch.Generator().manual_seed(seed)
     vocab = engine.limits.vocab_size
     prompts = [
@@ -34,7 +41,31 @@ def generate_s(engine: Engine, num_prompt: int, num_tokens: int, batch: int, see
     outputs = engine.generate(prompts, params)
     seconds = time.perf_counter() - start
     assert all(len(output.token_ids) == num_tokens for output in outputs)
-    return seconds
+    return seconds, [output.token_ids for output in outputs]
+
+
+def measure_steps(
+    engine: Engine, args: argparse.Namespace
+) -> tuple[list[float], list[list[list[int]]]]:
+    """Return the seconds a decode step takes, once a repeat, and what each repeat generated."""
+    short, long = args.tokens
+    generate_s(engine, args.prompt, short, args.batch, seed=0)
+    steps, tokens = [], []
+    for repeat in range(args.repeats):
+        slow, ids = generate_s(engine, args.prompt, long, args.batch, repeat)
+        fast, _ = generate_s(engine, args.prompt, short, args.batch, repeat)
+        steps.append((slow - fast) / (long - short))
+        tokens.append(ids)
+    return steps, tokens
+
+
+def measure_overlap(
+    engine: Engine, args: argparse.Namespace
+) -> tuple[list[float], list[list[list[int]]]]:
+    """Measure again with kernels that overlap, on graphs captured anew."""
+    engine.runner.overlap_launches = True
+    engine.runner.capture_graphs(args.batch)
+    return measure_steps(engine, args)
 
 
 def stored_bytes(path: Path) -> int:
@@ -62,9 +93,14 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=256, help="prompt tokens of the prefill run")
     parser.add_argument("--tokens", type=int, nargs=2, default=(8, 40), metavar=("SHORT", "LONG"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compare-pdl", action="store_true", help="also without overlap (GPU)")
     args = parser.parse_args()
     if (args.shape is None) == (args.model is None):
         parser.error("give one of --shape and --model")
+    if args.compare_pdl:
+        if not args.device.startswith("cuda"):
+            parser.error(f"--compare-pdl needs --device cuda, not {args.device}")
+        os.environ["FASTGPT_DISABLE_PDL"] = "1"  # the engine below starts without overlap
 
     facts = print_machine(args.device)
     limit_gb_s = streaming_read_gb_s(args.device)
@@ -80,14 +116,15 @@ def main() -> None:
     )
     load_s = time.perf_counter() - start
 
-    short, long = args.tokens
-    generate_s(engine, args.prompt, short, args.batch, seed=0)
-    steps, prefills = [], []
-    for repeat in range(args.repeats):
-        slow = generate_s(engine, args.prompt, long, args.batch, repeat)
-        fast = generate_s(engine, args.prompt, short, args.batch, repeat)
-        steps.append((slow - fast) / (long - short))
-        prefills.append(generate_s(engine, args.prefill, 1, 1, repeat))
+    steps, tokens = measure_steps(engine, args)
+    prefills = [generate_s(engine, args.prefill, 1, 1, repeat)[0] for repeat in range(args.repeats)]
+    ordered: dict[str, Any] = {}
+    if args.compare_pdl:
+        ordered = {"ms_per_step_without_pdl": min(steps) * 1e3}
+        print(json.dumps({"model": name, **ordered}), flush=True)  # kept if what follows fails
+        steps, overlapped_tokens = measure_overlap(engine, args)
+        if overlapped_tokens != tokens:
+            raise SystemExit("decode: overlapping launches changed the tokens; a kernel races")
     step_s = min(steps)
     prefill_s = min(prefills)
     result = {
@@ -97,6 +134,7 @@ def main() -> None:
         "batch": args.batch,
         "ms_per_step": step_s * 1e3,
         "ms_per_step_median": median(steps) * 1e3,
+        **ordered,
         "tok_per_s": args.batch / step_s,
         "gb_per_step": num_bytes / 1e9,
         "gb_per_s": num_bytes / step_s / 1e9,

@@ -2,8 +2,10 @@
 
     python benchmarks/gpu_check.py [--log FOLDER] [--skip tests,sanitizer,speed]
 
-The op library is used as it was built, on this machine or on one without a GPU; only the class
-module is compiled here when it does not fit this Python. Exit code 0 only if every part passed.
+Tests and sanitizers run side by side, decode speed alone after them, each with overlapping launches
+and without. The op library is used as it was built, on this machine or on one without a GPU; only
+the class module is compiled here when it does not fit this Python. Exit code 0 only if every part
+passed.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -81,62 +84,126 @@ def build_class_module() -> str:
     return f"compiled in {time.monotonic() - start:.0f} s"
 
 
-def check_tests(log: Path) -> tuple[bool, str]:
-    command = [
-        sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider",
-        "--ignore=tests/e2e", "--ignore=tests/python/server",  # HTTP clients, no GPU tests
-    ]  # fmt: skip
-    code, text = run(
-        command,
-        log / "pytest_gpu.log",
-        300,
-    )
-    closing = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed)", line)]
-    return code == 0, closing[-1] if closing else f"exit {code}"
+class Job:
+    """A command that runs beside others, with its output in a log."""
 
-
-def check_sanitizer(log: Path) -> list[tuple[str, bool, str]]:
-    """Run every tool over every registered op; a tool that refuses the device fails."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    running = []
-    for tool in TOOLS:
-        file = (log / f"sanitizer_{tool}.log").open("w")
-        command = [
-            program, "--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude",
-            "kernel_substring=at::native", sys.executable, "benchmarks/op_cases.py",
-            "--device", "cuda",
-        ]  # fmt: skip
-        running.append(
-            (
-                tool,
-                file,
-                subprocess.Popen(
-                    command, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT
-                ),
-            )
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
+        self.name = name
+        self.path = log / f"{name}.log"
+        self._file = self.path.open("w")
+        self._file.write(f"$ {' '.join(command)}\n")
+        self._file.flush()
+        self._process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**ENVIRONMENT, "OMP_NUM_THREADS": "2", "FASTGPT_NUM_THREADS": "2"},
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that a job is stopped with what it started
         )
-    rows = []
-    for tool, file, process in running:
+
+    def finish(self, until: float) -> tuple[int, str]:
+        """Wait until time.monotonic() is `until` at most; return the exit code and the output."""
         try:
-            code = process.wait(timeout=240)
+            code = self._process.wait(timeout=max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
             code = 124
-        file.close()
-        text = (log / f"sanitizer_{tool}.log").read_text()
-        ran = re.search(r"(\d+) ops ran", text)
-        summary = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): .*", text)
-        passed = code == 0 and ran is not None and bool(summary)
-        rows.append(
-            (tool, passed, f"{ran[0] if ran else 'stopped'}; {summary[-1] if summary else code}")
+        self._file.write(f"\nexit {code}\n")
+        self._file.close()
+        return code, self.path.read_text()
+
+
+def test_groups() -> list[list[str]]:
+    """Return what each pytest process runs: the files of one op family each, then all the rest."""
+    files = sorted((ROOT / "tests/python/ops").glob("test_*.py"))
+    rest = ["tests", *(f"--ignore={path.relative_to(ROOT)}" for path in files)]
+    rest += ["--ignore=tests/e2e", "--ignore=tests/python/server"]  # HTTP clients, no GPU tests
+    return [*([str(path.relative_to(ROOT))] for path in files), rest]
+
+
+def start_tests(log: Path) -> list[Job]:
+    """Start every test marked gpu: one process a group, and a group's in several with xdist."""
+    workers = ["-n", "2"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+    return [
+        Job(f"pytest_{i}", [*command, *workers, *group], log)
+        for i, group in enumerate(test_groups())
+    ]
+
+
+def test_row(jobs: list[Job], until: float) -> tuple[str, bool, str]:
+    """Wait for the tests; a group without tests marked gpu (exit 5) is no failure."""
+    passed, num_passed, bad = True, 0, []
+    for job in jobs:
+        code, text = job.finish(until)
+        found = re.findall(r"(\d+) passed", text)
+        num_passed += int(found[-1]) if found else 0
+        if code not in (0, 5):
+            passed = False
+            failed = re.findall(r"(\d+) (?:failed|error)", text)
+            bad.append(f"{job.name}.log: {failed[-1] + ' failed' if failed else f'exit {code}'}")
+    text = "; ".join([f"{num_passed} passed", *bad])
+    return "tests marked gpu", passed and num_passed > 0, text
+
+
+def start_sanitizers(log: Path) -> list[Job]:
+    """Start every tool over every registered op; a tool that refuses the device fails."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return [
+        Job(
+            tool,
+            [
+                program, "--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude",
+                "kernel_substring=at::native", sys.executable, "benchmarks/op_cases.py",
+                "--device", "cuda",
+            ],
+            log,
         )
-    return rows
+        for tool in TOOLS
+    ]  # fmt: skip
+
+
+def sanitizer_row(job: Job, until: float) -> tuple[str, bool, str]:
+    code, text = job.finish(until)
+    ran = re.search(r"(\d+) ops ran", text)
+    summary = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): .*", text)
+    passed = code == 0 and ran is not None and bool(summary)
+    return job.name, passed, f"{ran[0] if ran else 'stopped'}; {summary[-1] if summary else code}"
+
+
+def speed_row(arguments: list[str], limit_ms: float, log: Path) -> tuple[str, bool, str]:
+    """Decode with and without overlapping launches, which must choose the same tokens."""
+    command = [
+        sys.executable, "benchmarks/decode.py", *arguments, "--device", "cuda",
+        "--tokens", "32", "160", "--compare-pdl",
+    ]  # fmt: skip
+    code, text = run(command, log, 90)
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
+    ordered = next((f["ms_per_step_without_pdl"] for f in lines if len(f) == 2), float("nan"))
+    if code != 0:
+        note = f"{ordered:.3f} ms without overlap, then: {last_line(text)}"
+        return " ".join(arguments[:4]), False, note
+    figures = lines[-1]
+    ms = figures["ms_per_step"]
+    return (
+        figures["model"],
+        ms <= limit_ms,
+        f"{ms:.3f} ms a token (limit {limit_ms}), {ordered:.3f} without overlap, "
+        f"{figures['fraction_of_limit']:.2f} of "
+        f"{figures['streaming_read_gb_per_s']:.0f} GB/s; prefill "
+        f"{figures['prefill_tokens']}: {figures['prefill_tok_per_s']:.0f} tok/s",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path, default=ROOT / "build/gpu_check")
     parser.add_argument("--skip", default="", help="comma-separated: tests, sanitizer, speed")
+    parser.add_argument(
+        "--limit", type=float, default=150, help="seconds after which tests are stopped"
+    )
     args = parser.parse_args()
     args.log.mkdir(parents=True, exist_ok=True)
     skip = set(filter(None, args.skip.split(",")))
@@ -146,36 +213,26 @@ def main() -> None:
     for name in ("libfastgpt.so", "_ops.so"):
         digest = hashlib.sha256((ROOT / "fastgpt" / name).read_bytes()).hexdigest()
         print(f"{name}: sha256 {digest}", flush=True)
+    # Tests and sanitizers share the device; what is timed has it alone.
+    start = time.monotonic()
+    until = start + args.limit
     command = [sys.executable, "benchmarks/op_cases.py", "--device", "cuda"]
-    code, text = run(command, args.log / "ops.log", 120)
-    rows.append(("every op runs", code == 0, last_line(text)))
-
-    if "tests" not in skip:
-        rows.append(("tests marked gpu", *check_tests(args.log)))
-    if "sanitizer" not in skip:
-        rows += check_sanitizer(args.log)
+    ops = Job("ops", command, args.log)
+    sanitizers = [] if "sanitizer" in skip else start_sanitizers(args.log)
+    tests = [] if "tests" in skip else start_tests(args.log)
+    code, text = ops.finish(until)
+    ran = re.search(r"\d+ ops ran", text)
+    rows.append(("every op runs", code == 0, ran[0] if ran else f"exit {code}, see ops.log"))
+    rows += [sanitizer_row(job, until) for job in sanitizers]
+    if tests:
+        rows.append(test_row(tests, until))
+    print(f"tests and sanitizers: {time.monotonic() - start:.0f} s", flush=True)
     if "speed" not in skip:
-        for arguments, limit_ms in SPEED:
-            command = [
-                sys.executable, "benchmarks/decode.py", *arguments, "--device", "cuda",
-                "--tokens", "32", "160",
-            ]  # fmt: skip
-            code, text = run(command, args.log / f"decode_{len(rows)}.log", 180)
-            if code != 0:
-                rows.append((" ".join(arguments[:4]), False, last_line(text)))
-                continue
-            figures = json.loads(text.strip().splitlines()[-1])
-            ms = figures["ms_per_step"]
-            rows.append(
-                (
-                    figures["model"],
-                    ms <= limit_ms,
-                    f"{ms:.3f} ms a token (limit {limit_ms}), "
-                    f"{figures['fraction_of_limit']:.2f} of "
-                    f"{figures['streaming_read_gb_per_s']:.0f} GB/s; prefill "
-                    f"{figures['prefill_tokens']}: {figures['prefill_tok_per_s']:.0f} tok/s",
-                )
-            )
+        start = time.monotonic()
+        for i, (arguments, limit_ms) in enumerate(SPEED):
+            rows.append(speed_row(arguments, limit_ms, args.log / f"decode_{i}.log"))
+            print(f"{rows[-1][0]}: {rows[-1][2]}", flush=True)
+        print(f"speed: {time.monotonic() - start:.0f} s", flush=True)
     print()
     for name, passed, text in rows:
         print(f"{'ok  ' if passed else 'FAIL'}  {name:<28} {text}")
