@@ -99,7 +99,7 @@ def test_training_report_meets_the_bar(name: str) -> None:
 
 
 @given(text=st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_tokenizer_round_trips_any_text(text: str) -> None:
     for model in MODELS:
         tokenizer = _tokenizer(model)

@@ -4,6 +4,7 @@ A wrong slot, block table, position or recomputation changes its output, so sche
 bookkeeping are tested in milliseconds.
 """
 
+import os
 import time
 
 import torch
@@ -39,10 +40,15 @@ class FakeLayout:
 
 
 class FakeModel:
-    """Implements the engine's model interface on the CPU."""
+    """Implements the engine's model interface on the CPU.
+
+    Attributes:
+        gate: a file descriptor of which each forward pass reads a byte first, or None.
+    """
 
     def __init__(self, max_position: int = 4096, step_s: float = 0.0) -> None:
         self.step_s = step_s
+        self.gate: int | None = None
         self.vocab_size = VOCAB
         self.max_position = max_position
         self.kv_layout = FakeLayout()
@@ -54,6 +60,8 @@ class FakeModel:
         pass
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
+        if self.gate is not None:
+            os.read(self.gate, 1)
         time.sleep(self.step_s)
         self.batches.append((batch.num_reqs, batch.num_tokens))
         flat = kv_cache.view(-1)

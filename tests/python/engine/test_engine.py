@@ -181,7 +181,7 @@ def test_stream_yields_the_same_text_and_frees_on_leaving(tokenizer: Tokenizer):
         async for _ in stream:
             break
         await stream.aclose()
-        for _ in range(200):
+        for _ in range(6000):
             if not engine.has_work:
                 break
             await asyncio.sleep(0.01)

@@ -1,4 +1,7 @@
-"""An engine process around the fake model: `python -m server.fake_engine SOCKET PARENT`."""
+"""An engine process around the fake model: `python -m server.fake_engine SOCKET PARENT`.
+
+FAKE_NUM_BLOCKS sets the cache's size, FAKE_GATE names the fifo of a `serving.Gate`.
+"""
 
 import os
 import sys
@@ -15,8 +18,9 @@ from fastgpt.tokenizer import Tokenizer
 
 def load(configure: Configure) -> tuple[Any, Ready]:
     """Make the engine; the model's name is its milliseconds per step."""
+    model = FakeModel(step_s=float(configure.model.removesuffix("ms")) / 1e3)
     engine = Engine(
-        FakeModel(step_s=float(configure.model.removesuffix("ms")) / 1e3),
+        model,
         tokenizer=Tokenizer(make_files(temperature=0.0)),
         memory_pool_size=configure.memory_pool_size,
         max_batch=configure.max_batch,
@@ -24,6 +28,8 @@ def load(configure: Configure) -> tuple[Any, Ready]:
         num_blocks=int(os.environ.get("FAKE_NUM_BLOCKS", "0")) or None,
         warmup_iterations=configure.warmup_iterations,
     )
+    if path := os.environ.get("FAKE_GATE"):
+        model.gate = os.open(path, os.O_RDWR)  # after warm-up, which no test sees
     return engine, make_ready(engine, 0.0)
 
 

@@ -1,13 +1,14 @@
 """The server as clients see it: the openai client, many at once, bad input, disconnects, deaths."""
 
-import itertools
+import http.client
 import json
 import os
 import signal
 import stat
-import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -15,24 +16,55 @@ import openai
 import pytest
 from engine.fake_model import continuation
 from engine.fake_tokenizer import make_files
-from server.serving import Served, assert_within, is_alive, wait_until
+from server.serving import PATIENCE_S, Gate, Served, is_alive, wait_until
 
 from fastgpt.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(make_files(temperature=0.0))
 IGNORE_EOS = {"ignore_eos": True}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
-    with Served(["-m", "server.fake_server", "PORT", "5"], log) as server:
+    with Served(["-m", "server.fake_server", "0"], log) as server:
         yield server
+
+
+@contextmanager
+def gated_server(folder: Path) -> Iterator[tuple[Served, Gate]]:
+    """A server that computes a step for each grant of the gate."""
+    gate = Gate(folder / "gate")
+    arguments = ["-m", "server.fake_server", "0"]
+    with Served(arguments, folder / "log", FAKE_GATE=str(gate.path)) as server:
+        yield server, gate
+
+
+@pytest.fixture(scope="module")
+def shared_gated(tmp_path_factory):
+    with gated_server(tmp_path_factory.mktemp("gated")) as pair:
+        yield pair
+
+
+@pytest.fixture
+def gated(shared_gated):
+    """The server and its closed gate; idle before and after."""
+    server, gate = shared_gated
+    yield server, gate
+    gate.close()
+    assert server.metric("num_requests_running") == 0
+
+
+def open_client(server: Served) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S
+    )
 
 
 @pytest.fixture
 def client(served: Served):
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+    with open_client(served) as client:
         yield client
 
 
@@ -66,61 +98,71 @@ def test_chat_answer_is_the_models(client):
     assert answer.usage.total_tokens == num_prompt + 24
 
 
-def test_chat_stream_arrives_in_pieces_and_says_the_same(client):
-    fields = {"max_tokens": 100, "stream": True, "stream_options": {"include_usage": True}}
+def test_chat_stream_arrives_while_the_answer_is_computed(gated):
+    """The first text with a fifth of the steps computed, then ten pieces, each before the next."""
+    server, gate = gated
+    ids = expected_ids("hello", 100)
+    texts = {"reasoning_content": "", "content": ""}
+    finish, usage = None, None
 
-    def share_before_first_content() -> float:
-        begin_s = time.monotonic()
-        times, reasoning, content, finish, usage = [], "", "", None, None
-        for chunk in chat(client, "hello", **fields):
+    def num_received() -> int:
+        return sum(map(len, texts.values()))
+
+    def num_computed(num_tokens: int) -> int:
+        return sum(map(len, split_reasoning(ids[:num_tokens])))
+
+    with open_client(server) as client:
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = iter(chat(client, "hello", max_tokens=100, **options))
+
+        def read() -> None:
+            nonlocal finish, usage
+            chunk = next(chunks)
             usage = chunk.usage or usage
             for choice in chunk.choices:
-                text = getattr(choice.delta, "reasoning_content", None) or ""
-                content += choice.delta.content or ""
-                reasoning += text
+                delta = choice.delta.to_dict()
+                for channel in texts:
+                    texts[channel] += delta.get(channel) or ""
                 finish = choice.finish_reason or finish
-                if text or choice.delta.content:
-                    times.append(time.monotonic() - begin_s)
-        wall_s = time.monotonic() - begin_s
-        assert (reasoning, content) == split_reasoning(expected_ids("hello", 100))
-        assert finish == "length"
-        assert usage.completion_tokens == 100
-        assert sum(b - a > 1e-3 for a, b in itertools.pairwise(times)) >= 10
-        return times[0] / wall_s
 
-    assert_within(share_before_first_content, 0.2)
+        num_granted = 20
+        gate.grant(num_granted)
+        while num_received() == 0:
+            read()
+        for _ in range(10):
+            before, num_granted = num_computed(num_granted), num_granted + 8
+            gate.grant(8)
+            while num_received() <= before:
+                read()
+        assert num_granted == 100
+        while usage is None:
+            read()
+        assert next(chunks, None) is None
+    assert (texts["reasoning_content"], texts["content"]) == split_reasoning(ids)
+    assert finish == "length"
+    assert usage.completion_tokens == 100
 
 
-def test_sixteen_at_once_equal_the_single_ones_and_overlap(served, client):
+def test_sixteen_at_once_equal_the_single_ones_and_overlap(client, gated):
+    """Computed in half the steps that one after another takes, sixteen of them running at once."""
+    server, gate = gated
     contents = [f"question {i}" * (1 + i % 3) for i in range(16)]
+    single = [chat(client, content).choices[0].message.to_dict() for content in contents]
+    num_alone = 16 * 24  # a step a token
 
-    def answers(map_) -> tuple[list[dict], float]:
-        begin_s = time.monotonic()
-        messages = list(map_(lambda c: chat(client, c).choices[0].message.to_dict(), contents))
-        return messages, time.monotonic() - begin_s
-
-    def share_of_time() -> float:
-        single, single_s = answers(map)
-        with ThreadPoolExecutor(16) as pool:
-            together, together_s = answers(pool.map)
-        assert together == single
-        return together_s / single_s
-
-    most, done = 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal most
-        while not done.wait(0.01):
-            most = max(most, int(served.metric("num_requests_running")))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        assert_within(share_of_time, 0.5)
-    finally:
-        done.set()
-        watcher.join()
-    assert most >= 8
+    num_before = server.log.read_text().count("prompt tokens")
+    with open_client(server) as other, ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(chat, other, content) for content in contents]
+        wait_until(lambda: server.log.read_text().count("prompt tokens") == num_before + 16)
+        num_granted = 0
+        while server.metric("num_requests_running") < 16:
+            num_granted += 1
+            assert num_granted < 24, "the first ends before the last begins"
+            gate.grant()
+            time.sleep(0.05)
+        gate.grant(num_alone // 2 - num_granted)
+        together = [a.result(PATIENCE_S).choices[0].message.to_dict() for a in answers]
+    assert together == single
 
 
 def test_completions_text_and_token_ids(client):
@@ -170,17 +212,16 @@ def test_special_tokens_in_user_content_stay_text(client):
 
 def test_models_and_health(served, client):
     assert [model.id for model in client.models.list()] == ["FakeModel"]
-    health = httpx.get(f"{served.url}/health")
+    health = served.get("health")
     assert (health.status_code, health.json()) == (200, {"status": "ok"})
 
 
 def test_request_id_is_echoed_or_made(served):
-    given = httpx.get(f"{served.url}/v1/models", headers={"X-Request-Id": "mine-42"})
+    given = served.get("v1/models", headers={"X-Request-Id": "mine-42"})
     assert given.headers["x-request-id"] == "mine-42"
-    made = httpx.get(f"{served.url}/v1/models")
+    made = served.get("v1/models")
     assert made.headers["x-request-id"].startswith("req_")
-    refused = httpx.post(
-        f"{served.url}/v1/completions", content="{", headers={"X-Request-Id": "bad-1",
+    refused = served.post("v1/completions", content="{", headers={"X-Request-Id": "bad-1",
                                                                "content-type": "application/json"}
     )  # fmt: skip
     assert refused.headers["x-request-id"] == "bad-1"
@@ -221,14 +262,14 @@ MESSAGES = [{"role": "user", "content": "x"}]
 )
 def test_bad_field_is_one_clear_400(served, fields, param, words):
     body = {"model": "FakeModel", "messages": MESSAGES, **fields}
-    response = httpx.post(f"{served.url}/v1/chat/completions", json=body)
+    response = served.post("v1/chat/completions", json=body)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert words in error["message"]
     assert error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"] == param
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert served.get("health").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -247,53 +288,58 @@ def test_bad_field_is_one_clear_400(served, fields, param, words):
     ids=["empty", "cut", "not-utf8", "nested", "null", "surrogate", "nan", "nul", "huge"],
 )
 def test_malformed_body_is_one_clear_error(served, content, status):
-    response = httpx.post(
-        f"{served.url}/v1/chat/completions",
+    response = served.post(
+        "v1/chat/completions",
         content=content,
-        headers={"content-type": "application/json"},
-        timeout=20,
+        headers=JSON,
     )
     assert response.status_code == status, response.text
     if status != 200:
         assert response.json()["error"]["message"]
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    assert served.get("health").status_code == 200
 
 
 def test_unknown_model_path_and_method(served, client):
     with pytest.raises(openai.NotFoundError, match="gpt-9"):
         client.completions.create(model="gpt-9", prompt="x")
-    response = httpx.get(f"{served.url}/v1/nothing")
+    response = served.get("v1/nothing")
     assert response.status_code == 404
     assert "error" in response.json()
-    assert httpx.get(f"{served.url}/v1/completions").status_code == 405
+    assert served.get("v1/completions").status_code == 405
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_disconnect_frees_the_request(served, stream: bool):
+def test_disconnect_frees_the_request(gated, stream: bool):
+    server, gate = gated
     body = {"prompt": "long", "max_tokens": 400, "ignore_eos": True, "stream": stream}
-    before = served.metric("generation_tokens_total")
-    with httpx.Client(timeout=30) as http:
-        request = http.build_request("POST", f"{served.url}/v1/completions", json=body)
-        if stream:
-            response = http.send(request, stream=True)
-            lines = response.iter_lines()
-            next(lines)
-            wait_until(lambda: served.metric("num_requests_running") == 1)
-            response.close()
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                http.send(http.build_request("POST", f"{served.url}/v1/completions", json=body,
-                                             timeout=0.5))  # fmt: skip
-    wait_until(lambda: served.metric("num_requests_running") == 0)
-    assert served.metric("generation_tokens_total") - before < 400  # it did not run to its end
-    assert served.metric("kv_cache_usage_perc") == 0
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
+    connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+    gate.grant(10)
+    response = connection.getresponse() if stream else None
+    if response is not None:
+        assert response.readline().startswith(b"data: {")
+    wait_until(lambda: server.metric("num_requests_running") == 1)
+    if response is not None:
+        response.close()
+    connection.close()
+    num_granted = 10
+
+    def is_freed() -> bool:
+        nonlocal num_granted
+        num_granted += 1
+        gate.grant()
+        return server.metric("num_requests_running") == 0
+
+    wait_until(is_freed, interval_s=0.05)
+    assert num_granted < 400, "it ran to its end"
+    assert server.metric("kv_cache_usage_perc") == 0
 
 
 def test_metrics_count(served, client):
     before = served.metric("generation_tokens_total")
     chat(client, "count", max_tokens=7)
     assert served.metric("generation_tokens_total") == before + 7
-    text = httpx.get(f"{served.url}/metrics").text
+    text = served.get("metrics").text
     for name in ("memory_fragmentation", "compute_busy", "num_requests_waiting",
                  "time_to_first_token_seconds_count", "time_per_output_token_seconds_count",
                  "request_queue_time_seconds_count", "num_preemptions_total"):  # fmt: skip
@@ -313,41 +359,45 @@ def test_start_log_has_a_line_for_each_fact_and_the_socket_is_private(served):
 def test_preempted_requests_answer_the_same(served, client, tmp_path):
     contents = ["p" * (20 + 7 * i) for i in range(6)]
     roomy = [chat(client, c, max_tokens=60).choices[0].message.to_dict() for c in contents]
-    arguments = ["-m", "server.fake_server", "PORT", "1", "128"]
+    arguments = ["-m", "server.fake_server", "1", "128"]
     with Served(arguments, tmp_path / "log", FAKE_NUM_BLOCKS="8") as tight:
-        other = openai.OpenAI(base_url=f"{tight.url}/v1", api_key="none", max_retries=0)
-        with ThreadPoolExecutor(6) as pool:
+        with open_client(tight) as other, ThreadPoolExecutor(6) as pool:
             answers = list(pool.map(lambda c: chat(other, c, max_tokens=60), contents))
         assert [a.choices[0].message.to_dict() for a in answers] == roomy
         wait_until(lambda: tight.metric("num_preemptions_total") > 0)
 
 
+@contextmanager
+def half_done_stream(server: Served, gate: Gate) -> Iterator[Iterator[str]]:
+    """The lines of a stream of 400 tokens, after the first line and two steps."""
+    body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    url = f"{server.url}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as response:
+        gate.grant(2)
+        lines = response.iter_lines()
+        next(lines)
+        yield lines
+
+
 def test_engine_death_ends_streams_with_an_error_and_health(tmp_path):
-    with Served(["-m", "server.fake_server", "PORT", "5"], tmp_path / "log") as server:
-        body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as r:
-            lines = r.iter_lines()
-            next(lines)
+    with gated_server(tmp_path) as (server, gate):
+        with half_done_stream(server, gate) as lines:
             os.kill(server.engine_pid(), signal.SIGKILL)
             rest = [line for line in lines if line.startswith("data: {")]
         assert json.loads(rest[-1][6:])["error"]["code"] == "engine_died"
-        health = httpx.get(f"{server.url}/health")
+        health = server.get("health")
         assert health.status_code == 503
         assert "died" in health.json()["reason"]
-        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
-        assert refused.status_code == 503
+        assert server.post("v1/completions", json={"prompt": "x"}).status_code == 503
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_is_left(tmp_path, how):
-    with Served(["-m", "server.fake_server", "PORT", "5"], tmp_path / "log") as server:
+    with gated_server(tmp_path) as (server, gate):
         engine_pid = server.engine_pid()
-        body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as r:
-            lines = r.iter_lines()
-            next(lines)
+        with half_done_stream(server, gate):
             server.process.send_signal(how)
-        server.process.wait(10)
+        server.process.wait(PATIENCE_S)
         wait_until(lambda: not is_alive(engine_pid))
         if how is not signal.SIGKILL:
             assert "Traceback" not in server.log.read_text()
@@ -357,7 +407,7 @@ def test_port_in_use_is_one_clear_line(served, tmp_path):
     log = tmp_path / "log"
     arguments = ["-m", "fastgpt.cli.serve", "--model", "none.pt", "--port", str(served.port)]
     second = Served(arguments, log)
-    assert second.process.wait(30) == 1
+    assert second.process.wait(PATIENCE_S) == 1
     assert log.read_text().strip().splitlines() == [
         f"fastgpt-server: cannot listen on 127.0.0.1 port {served.port}: address already in use; "
         "choose another --host or --port"
@@ -366,9 +416,9 @@ def test_port_in_use_is_one_clear_line(served, tmp_path):
 
 def test_missing_model_is_one_clear_line(tmp_path):
     log = tmp_path / "log"
-    arguments = ["-m", "fastgpt.cli.serve", "--model", "none.pt", "--port", "PORT"]
+    arguments = ["-m", "fastgpt.cli.serve", "--model", "none.pt", "--port", "0"]
     server = Served([*arguments, "--device", "cpu"], log)
-    assert server.process.wait(60) == 1
+    assert server.process.wait(PATIENCE_S) == 1
     lines = log.read_text().strip().splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("fastgpt-server: cannot serve none.pt: none.pt does not exist")
