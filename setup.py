@@ -5,7 +5,7 @@ Sources are found by convention, so a new file needs no entry here:
   csrc/bindings/*_ops.cpp and stable.cpp     -> _ops.so
   csrc/bindings/, the rest                   -> _C
 Instruction-set flags follow the file name (cmake/isa_flags.json). Switches: FASTGPT_CUDA=0|1|auto,
-TORCH_CUDA_ARCH_LIST, MAX_JOBS, FASTGPT_WERROR=1.
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, FASTGPT_WERROR=1, FASTGPT_SANITIZE=address,undefined.
 """
 
 import json
@@ -104,6 +104,11 @@ if os.environ.get("FASTGPT_WERROR") == "1":
 CXX_FLAGS = ["-std=c++20", "-O3", "-g1", "-fvisibility-inlines-hidden", *WARNINGS]
 if WITH_CUDA:
     CXX_FLAGS.append("-DFASTGPT_WITH_CUDA")
+LINK_FLAGS = ["-Wl,-rpath,$ORIGIN"]
+if SANITIZE := os.environ.get("FASTGPT_SANITIZE"):
+    CXX_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    CXX_FLAGS += ["-O1"]  # with -O3 the panels compile for minutes
+    LINK_FLAGS.append(f"-fsanitize={SANITIZE}")
 NVCC_FLAGS = [
     "-std=c++20", "-O3", "--compress-mode=size", "-lineinfo", "--expt-relaxed-constexpr",
     "-DFASTGPT_WITH_CUDA", "-Xcompiler=-fPIC,-Wall", *gencode_flags(),
@@ -138,7 +143,8 @@ class Build(cpp_extension.BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(ROOT / "build/objects")  # kept, so an editable install is incremental
+        # Kept, so an editable install is incremental.
+        self.build_temp = str(ROOT / ("build/objects-sanitized" if SANITIZE else "build/objects"))
         self.force = True  # ninja knows what changed, headers and flags included
 
     def get_ext_filename(self, ext_name: str) -> str:
@@ -191,9 +197,7 @@ def extension(name: str, files: list[str], flags: list[str], libraries: list[str
         library_dirs=([str(CUDA_HOME / "lib64")] if cuda else [])
         + (cpp_extension.library_paths() if "torch_cpu" in libraries else []),
         extra_compile_args={"cxx": CXX_FLAGS + flags, "nvcc": NVCC_FLAGS},
-        extra_link_args=["-Wl,-rpath,$ORIGIN", "-Wl,--no-undefined" if cuda else "-Wl,-z,defs"]
-        if name != "fastgpt._C"
-        else ["-Wl,-rpath,$ORIGIN"],
+        extra_link_args=LINK_FLAGS + (["-Wl,-z,defs"] if name != "fastgpt._C" else []),
         language="c++",
     )
 

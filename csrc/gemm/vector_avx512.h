@@ -1,7 +1,9 @@
 // 16 lanes in one 512-bit register. Included by the panel files of the AVX-512 sets only.
 #pragma once
+#ifndef __clang__
 // GCC 12 warns about the undefined vectors of its own intrinsics once they are inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstdint>

@@ -1,5 +1,7 @@
 #include "fastgpt/cpu_isa.h"
 
+#include <cpuid.h>
+
 #include <atomic>
 
 #include "fastgpt/check.h"
@@ -7,10 +9,15 @@
 namespace fastgpt {
 namespace {
 
+// __builtin_cpu_supports("f16c") is not known to clang 16.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
 CpuIsa best_isa() {
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
-      !__builtin_cpu_supports("f16c")) {
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) {
     return CpuIsa::kPortable;
   }
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

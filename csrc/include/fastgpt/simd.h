@@ -12,9 +12,11 @@
 #include "fastgpt/tensor_view.h"
 
 #ifdef __AVX2__
+#ifndef __clang__
 // GCC 12 takes the "undefined" operands of its own intrinsics for uninitialized variables.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #endif
 
