@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from fastgpt.errors import CheckpointError, ConfigError, UnsupportedFormat
 
 __all__ = [
+    "ALGORITHMS",
     "AVAILABLE_FORMATS",
     "BLOCK",
     "KNOWN_FORMATS",
@@ -33,7 +34,11 @@ PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 AVAILABLE_FORMATS = (*PLAIN_DTYPES, "fp8", "int4", "binary")
 KNOWN_FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int3", "int2", "binary")
 
+# Of integer formats with groups; the first is the default.
+ALGORITHMS = ("auto", "rtn", "clip", "gptq")
+
 BLOCK = 128  # rows and columns of one fp8 block scale
+_GROUP_BITS = {"int4": 4}
 _INT4_GROUP_SIZES = (32, 64, 128)
 _BINARY_GROUP_SIZE = 128
 _ROW_ALIGNMENT = 16  # packed int4 rows are padded to this many bytes
@@ -79,15 +84,18 @@ class Format:
             binary: 128), else None.
         symmetric: int4 without zero points; always True for other formats.
         scale: fp8 only: "channel" (one fp32 per output row) or "block" (one per 128 x 128).
-        algorithm: int4 "rtn"; binary "two_level" (two values per group, residual folded into the
-            next weights) or "naive" (sign times mean, nothing folded); else None.
+        algorithm: how codes are found, which reading them does not need, so formats that differ in
+            it alone are equal. int4: "auto" (the best of the others by output error on held-out
+            data), "rtn" (round-to-nearest), "clip" (scales of least error) or "gptq"; binary:
+            "two_level" (two values per group, residual folded into the next weights) or "naive"
+            (sign times mean, nothing folded); else None.
     """
 
     name: str
     group_size: int | None = None
     symmetric: bool = True
     scale: str | None = None
-    algorithm: str | None = None
+    algorithm: str | None = field(default=None, compare=False)
 
     @staticmethod
     def parse(value: Format | str | Mapping[str, Any], where: str = "format") -> Format:
@@ -130,6 +138,16 @@ class Format:
     def is_plain(self) -> bool:
         """True when the tensor is stored as it is, in one floating-point type."""
         return self.name in PLAIN_DTYPES
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code of an integer format with groups."""
+        return _GROUP_BITS[self.name]
+
+    @property
+    def has_groups(self) -> bool:
+        """True for integer codes with a scale per group of columns."""
+        return self.name in _GROUP_BITS
 
     @property
     def folds_residual(self) -> bool:
@@ -248,8 +266,23 @@ class QuantizedTensor:
         int4:   x = (code - zero_point) * scale
         binary: x = offset + (bit ? scale : -scale)
         """
-        decode = {"fp8": _decode_fp8, "int4": _decode_int4, "binary": _decode_binary}
+        if self.format.has_groups:
+            return _decode_groups(self).to(dtype)
+        decode = {"fp8": _decode_fp8, "binary": _decode_binary}
         return decode[self.format.name](self).to(dtype)
+
+    def codes(self) -> torch.Tensor:
+        """Return the integer codes of a format with groups, uint8, of the weight's shape."""
+        packed = self.parts["packed"]
+        bits = self.format.bits
+        if bits == 4:
+            return torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2)[..., : self.shape[-1]]
+        cols = self.shape[-1]
+        places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+        stream = (packed.unsqueeze(-1) >> places & 1).flatten(-2)[..., : cols * bits]
+        shifts = places[:bits]
+        codes: torch.Tensor = stream.unflatten(-1, (cols, bits)) << shifts
+        return codes.sum(-1, dtype=torch.uint8)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same tensor with its parts on `device`."""
@@ -268,16 +301,14 @@ def _decode_fp8(q: QuantizedTensor) -> torch.Tensor:
     return values.mul_(per_row.repeat_interleave(BLOCK, dim=-1)[..., :cols])
 
 
-def _decode_int4(q: QuantizedTensor) -> torch.Tensor:
-    packed = q.parts["packed"]
-    codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., : q.shape[-1]]
+def _decode_groups(q: QuantizedTensor) -> torch.Tensor:
     group_size = q.format.group_size
     assert group_size is not None
-    zero: torch.Tensor | int = 8
+    zero: torch.Tensor | int = 2 ** (q.format.bits - 1)
     if "zero_point" in q.parts:
         zero = _spread(q.parts["zero_point"].to(torch.float32), group_size, q.shape[-1])
     scale = _spread(q.parts["scale"].to(torch.float32), group_size, q.shape[-1])
-    return codes.to(torch.float32).sub_(zero).mul_(scale)
+    return q.codes().to(torch.float32).sub_(zero).mul_(scale)
 
 
 def _decode_binary(q: QuantizedTensor) -> torch.Tensor:
@@ -303,7 +334,7 @@ def _with_options(name: str, options: dict[str, Any], where: str) -> Format:
         defaults = {
             "group_size": (128, *_INT4_GROUP_SIZES),
             "symmetric": (True, False),
-            "algorithm": ("rtn",),
+            "algorithm": ALGORITHMS,
         }
     elif name == "binary":
         defaults = {"group_size": (_BINARY_GROUP_SIZE,), "algorithm": ("two_level", "naive")}

@@ -1,5 +1,7 @@
 """Feed-forward layers: gated (dense) and mixture of experts."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,10 @@ from fastgpt import ops
 from fastgpt.layers.linear import Projection
 from fastgpt.ops import ArrangedWeight
 
-__all__ = ["GatedFeedForward", "MixtureOfExperts"]
+__all__ = ["ExpertProduct", "GatedFeedForward", "MixtureOfExperts"]
+
+# (x, stacked weight, sorted_rows, offsets, rows_per_token) -> see ops.grouped_linear.
+ExpertProduct = Callable[[Tensor, Tensor | ArrangedWeight, Tensor, Tensor, int], Tensor]
 
 
 class GatedFeedForward:
@@ -61,6 +66,7 @@ class MixtureOfExperts:
         self.scoring = scoring
         self.renormalize = renormalize
         self.scaling = scaling
+        self.product: ExpertProduct = ops.grouped_linear  # replaced by what watches the inputs
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [num_tokens, hidden] of x [num_tokens, hidden]."""
@@ -78,7 +84,7 @@ class MixtureOfExperts:
             scaling=self.scaling,
         )
         rows, offsets = ops.moe_sort(expert_ids, self.num_experts)
-        gate_up = ops.grouped_linear(x, self.gate_up, rows, offsets, self.top_k)
-        y = ops.grouped_linear(ops.silu_mul(gate_up), self.down, rows, offsets, 1)
+        gate_up = self.product(x, self.gate_up, rows, offsets, self.top_k)
+        y = self.product(ops.silu_mul(gate_up), self.down, rows, offsets, 1)
         shared = None if self.shared is None else self.shared(x)
         return ops.moe_combine(y.view(num_tokens, self.top_k, hidden), weights, shared)

@@ -14,8 +14,8 @@ from fastgpt.layers.linear import Projection
 from fastgpt.layers.moe import GatedFeedForward
 from fastgpt.layers.rotary import RopeConfig, cos_sin_table
 from fastgpt.layers.weights import Allocate, Source, WeightLoader
-from fastgpt.models.model import Block, KVLayout, Model
-from fastgpt.models.spec import Family, ParamSpec, field, size
+from fastgpt.models.model import Block, KVLayout, Layer, Model
+from fastgpt.models.spec import Family, ParamSpec, ValueHeads, field, size
 
 __all__ = ["LLAMA", "QWEN2", "QWEN3", "DecoderConfig", "build", "load_head", "roles"]
 
@@ -162,6 +162,30 @@ def load_head(
     return loader.linear("lm_head", [("lm_head", vocab_size)], hidden)
 
 
+def load_layer(
+    config: DecoderConfig, i: int, loader: WeightLoader, cos_sin: torch.Tensor, workspace: Workspace
+) -> Layer:
+    """Return decoder layer i; see `fastgpt.models.spec.LoadLayer`."""
+    layer = f"model.layers.{i}"
+    hidden = config.hidden_size
+    attention = _attention(loader, config, f"{layer}.self_attn", cos_sin, workspace)
+    post_norm = loader.norm(f"{layer}.post_attention_layernorm.weight", hidden, config.norm_eps)
+    feed_forward = load_feed_forward(
+        loader, f"{layer}.mlp", hidden, config.intermediate_size, bias=config.mlp_bias
+    )
+    return Layer(attention, post_norm, feed_forward)
+
+
+def kv_layout(config: DecoderConfig) -> KVLayout:
+    """Return the shape of the cache."""
+    return KVLayout("gqa", config.num_layers, config.num_kv_heads, config.head_dim)
+
+
+def value_heads(config: DecoderConfig) -> ValueHeads:
+    """Return how values reach the output projection."""
+    return ValueHeads("v_proj", config.num_heads, config.num_kv_heads, config.head_dim, 0)
+
+
 def build(
     config: DecoderConfig,
     source: Source,
@@ -180,22 +204,16 @@ def build(
     first_norm = loader.norm("model.layers.0.input_layernorm.weight", hidden, eps)
     blocks = []
     for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        attention = _attention(loader, config, f"{layer}.self_attn", cos_sin, workspace)
-        post_norm = loader.norm(f"{layer}.post_attention_layernorm.weight", hidden, eps)
-        mlp = f"{layer}.mlp"
-        feed_forward = load_feed_forward(
-            loader, mlp, hidden, config.intermediate_size, bias=config.mlp_bias
-        )
+        layer = load_layer(config, i, loader, cos_sin, workspace)
         following = f"model.layers.{i + 1}.input_layernorm"
         if i + 1 == config.num_layers:
             following = "model.norm"
         next_norm = loader.norm(f"{following}.weight", hidden, eps)
-        blocks.append(Block(attention, post_norm, feed_forward, next_norm))
+        blocks.append(Block(layer.attention, layer.post_norm, layer.feed_forward, next_norm))
     head = load_head(loader, embedding, config.vocab_size, hidden, config.tie_word_embeddings)
     return Model(
         config=config,
-        kv_layout=KVLayout("gqa", config.num_layers, config.num_kv_heads, config.head_dim),
+        kv_layout=kv_layout(config),
         embedding=embedding,
         first_norm=first_norm,
         blocks=blocks,
@@ -266,12 +284,20 @@ def _no_mtp(config: DecoderConfig, name: str) -> bool:
     return False
 
 
-LLAMA = Family(
-    "llama", ("LlamaForCausalLM",), lambda config: _parse(config, "llama"), roles, build, _no_mtp
-)
-QWEN2 = Family(
-    "qwen2", ("Qwen2ForCausalLM",), lambda config: _parse(config, "qwen2"), roles, build, _no_mtp
-)
-QWEN3 = Family(
-    "qwen3", ("Qwen3ForCausalLM",), lambda config: _parse(config, "qwen3"), roles, build, _no_mtp
-)
+def _family(name: str, architecture: str) -> Family:
+    return Family(
+        name,
+        (architecture,),
+        lambda config: _parse(config, name),
+        roles,
+        build,
+        _no_mtp,
+        load_layer,
+        kv_layout,
+        value_heads,
+    )
+
+
+LLAMA = _family("llama", "LlamaForCausalLM")
+QWEN2 = _family("qwen2", "Qwen2ForCausalLM")
+QWEN3 = _family("qwen3", "Qwen3ForCausalLM")

@@ -17,8 +17,8 @@ from fastgpt.layers.moe import GatedFeedForward, MixtureOfExperts
 from fastgpt.layers.rotary import RopeConfig, cos_sin_table
 from fastgpt.layers.weights import Allocate, Source, WeightLoader
 from fastgpt.models.decoder import head_roles, load_feed_forward, load_head
-from fastgpt.models.model import Block, KVLayout, Model
-from fastgpt.models.spec import Family, ParamSpec, field, size
+from fastgpt.models.model import Block, KVLayout, Layer, Model
+from fastgpt.models.spec import Family, ParamSpec, ValueHeads, field, size
 from fastgpt.ops import ArrangedWeight
 
 __all__ = ["DEEPSEEK_V2", "DEEPSEEK_V3", "DeepseekConfig", "build", "roles"]
@@ -251,6 +251,33 @@ def is_mtp(config: DeepseekConfig, name: str) -> bool:
     return match is not None and int(match[1]) >= config.num_layers
 
 
+def load_layer(
+    config: DeepseekConfig, i: int, loader: WeightLoader, cos_sin: Tensor, workspace: Workspace
+) -> Layer:
+    """Return decoder layer i; see `fastgpt.models.spec.LoadLayer`."""
+    layer = f"model.layers.{i}"
+    hidden = config.hidden_size
+    attention = _attention(loader, config, f"{layer}.self_attn", cos_sin, workspace)
+    post_norm = loader.norm(f"{layer}.post_attention_layernorm.weight", hidden, config.norm_eps)
+    feed_forward: GatedFeedForward | MixtureOfExperts
+    if config.is_moe(i):
+        feed_forward = _experts(loader, config, f"{layer}.mlp")
+    else:
+        feed_forward = load_feed_forward(loader, f"{layer}.mlp", hidden, config.intermediate_size)
+    return Layer(attention, post_norm, feed_forward)
+
+
+def kv_layout(config: DeepseekConfig) -> KVLayout:
+    """Return the shape of the cache."""
+    return KVLayout("mla", config.num_layers, 1, config.kv_lora_rank + config.rope_dim)
+
+
+def value_heads(config: DeepseekConfig) -> ValueHeads:
+    """Return how values reach the output projection."""
+    heads = config.num_heads
+    return ValueHeads("kv_b_proj", heads, heads, config.v_dim, config.nope_dim)
+
+
 def build(
     config: DeepseekConfig,
     source: Source,
@@ -269,26 +296,16 @@ def build(
     first_norm = loader.norm("model.layers.0.input_layernorm.weight", hidden, eps)
     blocks = []
     for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        attention = _attention(loader, config, f"{layer}.self_attn", cos_sin, workspace)
-        post_norm = loader.norm(f"{layer}.post_attention_layernorm.weight", hidden, eps)
-        feed_forward: GatedFeedForward | MixtureOfExperts
-        if config.is_moe(i):
-            feed_forward = _experts(loader, config, f"{layer}.mlp")
-        else:
-            feed_forward = load_feed_forward(
-                loader, f"{layer}.mlp", hidden, config.intermediate_size
-            )
+        layer = load_layer(config, i, loader, cos_sin, workspace)
         following = f"model.layers.{i + 1}.input_layernorm"
         if i + 1 == config.num_layers:
             following = "model.norm"
         next_norm = loader.norm(f"{following}.weight", hidden, eps)
-        blocks.append(Block(attention, post_norm, feed_forward, next_norm))
+        blocks.append(Block(layer.attention, layer.post_norm, layer.feed_forward, next_norm))
     head = load_head(loader, embedding, config.vocab_size, hidden, config.tie_word_embeddings)
-    row = config.kv_lora_rank + config.rope_dim
     return Model(
         config=config,
-        kv_layout=KVLayout("mla", config.num_layers, 1, row),
+        kv_layout=kv_layout(config),
         embedding=embedding,
         first_norm=first_norm,
         blocks=blocks,
@@ -404,6 +421,9 @@ DEEPSEEK_V2 = Family(
     roles,
     build,
     is_mtp,
+    load_layer,
+    kv_layout,
+    value_heads,
 )
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
@@ -412,4 +432,7 @@ DEEPSEEK_V3 = Family(
     roles,
     build,
     is_mtp,
+    load_layer,
+    kv_layout,
+    value_heads,
 )

@@ -15,7 +15,7 @@ from fastgpt.layers.norm import RmsNorm
 from fastgpt.layers.weights import Allocate
 from fastgpt.models.spec import ModelConfig
 
-__all__ = ["Block", "KVLayout", "Model"]
+__all__ = ["Block", "KVLayout", "Layer", "Model"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,15 @@ class KVLayout:
         if self.kind == "mla":
             return (self.num_layers, block_size, self.head_dim)
         return (self.num_layers, 2, block_size, self.num_kv_heads, self.head_dim)
+
+
+@dataclass(slots=True)
+class Layer:
+    """One decoder layer without the norm before its attention; see `Block` for the fields."""
+
+    attention: Callable[[Tensor, Batch, Tensor], Tensor]
+    post_norm: RmsNorm
+    feed_forward: Callable[[Tensor], Tensor]
 
 
 @dataclass(slots=True)

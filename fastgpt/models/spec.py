@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fastgpt.errors import CheckpointError
-from fastgpt.layers.weights import Allocate, Source
+from fastgpt.layers.attention import Workspace
+from fastgpt.layers.rotary import RopeConfig
+from fastgpt.layers.weights import Allocate, Source, WeightLoader
 
 if TYPE_CHECKING:
-    from fastgpt.models.model import Model
+    from fastgpt.models.model import KVLayout, Layer, Model
 
-__all__ = ["ROLES", "Family", "ModelConfig", "ParamSpec", "field", "size"]
+__all__ = ["ROLES", "Family", "ModelConfig", "ParamSpec", "ValueHeads", "field", "size"]
 
 ROLES = ("attention_weights", "residual_connections", "norm_params", "io_layers", "kept")
 
@@ -37,6 +39,25 @@ class ParamSpec:
     optional: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ValueHeads:
+    """How attention's values reach the output projection: linearly, head by head.
+
+    Attributes:
+        module: the projection of every layer's attention whose rows are values.
+        num_heads: heads of the output projection's input, each head_dim columns wide.
+        num_kv_heads: heads of `module`; num_heads // num_kv_heads output heads read each.
+        head_dim: values of one head.
+        first_row: rows of one head of `module` before its values.
+    """
+
+    module: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    first_row: int
+
+
 class ModelConfig(Protocol):
     """The part of every family's configuration that the rest of the house reads."""
 
@@ -50,6 +71,10 @@ class ModelConfig(Protocol):
     def max_position(self) -> int: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def rope(self) -> RopeConfig: ...
 
 
 class Build(Protocol):
@@ -70,6 +95,19 @@ class Build(Protocol):
     ) -> "Model": ...
 
 
+class LoadLayer(Protocol):
+    """Loads one decoder layer: its attention, the norm behind it, its feed-forward."""
+
+    def __call__(
+        self,
+        config: Any,
+        i: int,
+        loader: WeightLoader,
+        cos_sin: torch.Tensor,
+        workspace: Workspace,
+    ) -> "Layer": ...
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family: functions over its configuration, no state.
@@ -82,6 +120,9 @@ class Family:
         build: see Build.
         is_mtp: (configuration, name) -> whether a weight belongs to multi-token prediction, which
             is recognized, kept in files, and not loaded.
+        load_layer: see LoadLayer.
+        kv_layout: configuration -> shape of the cache.
+        value_heads: configuration -> how values reach the output projection.
     """
 
     name: str
@@ -90,6 +131,9 @@ class Family:
     roles: Callable[[Any], list[ParamSpec]]
     build: Build
     is_mtp: Callable[[Any, str], bool]
+    load_layer: LoadLayer
+    kv_layout: Callable[[Any], "KVLayout"]
+    value_heads: Callable[[Any], ValueHeads]
 
 
 class _Missing:

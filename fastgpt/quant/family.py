@@ -7,8 +7,9 @@ are rounded: y = W (γ ⊙ x) = (W diag(γ / γ̂)) (γ̂ ⊙ x), so only the ro
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,23 @@ import torch
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.errors import CheckpointError, ConfigError
+from fastgpt.models.placement import resolve_dtype
 from fastgpt.models.registry import family
+from fastgpt.quant.layerwise import LayerWeights, NormSite, layer_index, quantize_layer
+from fastgpt.quant.observe import HiddenStates, InputStats
 from fastgpt.quant.policy import Parameter, Policy
 from fastgpt.quant.report import Report
 from fastgpt.quant.rounding import binary_residual, round_tensor
-from fastgpt.scheme import Format, QuantizedTensor
+from fastgpt.quant.search import Choice, choose, is_searched
+from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor
 
 __all__ = ["PlannedTensor", "plan_family", "quantize_family"]
 
 Stored = torch.Tensor | QuantizedTensor
 
 _MTP_ROLE = "mtp"
+# Of input statistics on the device for one layer; more inputs than fit keep diagonals only.
+_GRAM_BYTES = 10 << 30
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # computed from the configuration, not a weight
 
 
@@ -101,15 +108,37 @@ def quantize_family(
     planned: list[PlannedTensor],
     report: Report,
     device: torch.device | None,
+    sequences: Sequence[Sequence[int]] = (),
 ) -> Iterator[tuple[str, Stored]]:
     """Yield name and stored form of every planned tensor; fills `report` as it goes.
 
-    One weight at a time is on `device` (None: where it is); results are on the CPU.
+    One weight at a time is on `device` (None: where it is), or one decoder layer at a time where
+    `sequences`, the token ids of calibration texts, let codes be searched; results are on the CPU.
 
     Raises:
         CheckpointError: a weight has another shape than its role says, or NaN or infinite values.
         ConfigError: a value does not fit its format.
     """
+    norms, residuals = _binary_norms(checkpoint, planned)
+    if not sequences or not any(is_searched(item.format) for item in planned):
+        for item in planned:
+            yield item.name, _one(checkpoint, item, norms, residuals, report, device)
+        return
+    searcher = _LayerSearch(checkpoint, planned, norms, residuals, report, device, sequences)
+    for index, run in itertools.groupby(planned, lambda item: layer_index(item.name)):
+        items = list(run)
+        if index is not None and index < searcher.config.num_layers:
+            yield from searcher.layer(index, items)
+            continue
+        for item in items:
+            stats = searcher.head_stats(item)
+            yield item.name, _one(checkpoint, item, norms, residuals, report, device, stats)
+
+
+def _binary_norms(
+    checkpoint: Checkpoint, planned: list[PlannedTensor]
+) -> tuple[dict[str, QuantizedTensor], dict[str, torch.Tensor]]:
+    """Return the norms stored in two levels, and by reader what they lose."""
     norms: dict[str, QuantizedTensor] = {}
     residuals: dict[str, torch.Tensor] = {}
     for item in planned:
@@ -121,34 +150,189 @@ def quantize_family(
         norms[item.name] = stored
         residual = binary_residual(gain, stored)
         residuals.update(dict.fromkeys(item.consumers, residual))
+    return norms, residuals
 
-    for item in planned:
-        source = checkpoint.read(item.name)
-        if tuple(source.shape) != item.shape:
-            raise CheckpointError(
-                f"weight {item.name!r} has shape {tuple(source.shape)}; "
-                f"the configuration asks for {item.shape}"
-            )
-        fold = residuals.get(item.name)
-        if item.name in norms:
-            result: Stored = norms[item.name]
-            _count(report, item, source, result)  # the fold makes up for its error
-        elif item.format is None and fold is None:
-            if isinstance(source, torch.Tensor):
-                _check_finite(source, item)
-            result = source
-            _count(report, item, source, result)
-        else:
-            wanted = _dense(source, item)
-            if device is not None:
-                wanted = wanted.to(device)
-            if fold is not None:
-                wanted = wanted.to(torch.float32) * fold.to(wanted.device)
+
+def _read(checkpoint: Checkpoint, item: PlannedTensor) -> Stored:
+    source = checkpoint.read(item.name)
+    if tuple(source.shape) != item.shape:
+        raise CheckpointError(
+            f"weight {item.name!r} has shape {tuple(source.shape)}; "
+            f"the configuration asks for {item.shape}"
+        )
+    return source
+
+
+def _one(
+    checkpoint: Checkpoint,
+    item: PlannedTensor,
+    norms: dict[str, QuantizedTensor],
+    residuals: dict[str, torch.Tensor],
+    report: Report,
+    device: torch.device | None,
+    stats: InputStats | None = None,
+) -> Stored:
+    """Return the stored form of one tensor on its own."""
+    source = _read(checkpoint, item)
+    fold = residuals.get(item.name)
+    if item.name in norms:
+        _count(report, item, source, norms[item.name])  # the fold makes up for its error
+        return norms[item.name]
+    if item.format is None and fold is None:
+        if isinstance(source, torch.Tensor):
+            _check_finite(source, item)
+        _count(report, item, source, source)
+        return source
+    wanted = _dense(source, item)
+    if device is not None:
+        wanted = wanted.to(device)
+    if fold is not None:
+        wanted = wanted.to(torch.float32) * fold.to(wanted.device)
+    fmt = item.format or _kept_format(source, item)
+    if is_searched(fmt):
+        _check_finite(wanted, item)
+        choice = choose(wanted, fmt, stats, item.name)
+        _count(report, item, source, choice.stored, wanted, choice)
+        return choice.stored.to("cpu")
+    result = round_tensor(wanted, fmt, item.name)
+    _count(report, item, source, result, wanted)
+    return result.to("cpu")
+
+
+class _LayerSearch:
+    """Quantizes decoder layers in order while the calibration tokens pass through them.
+
+    Attributes:
+        config: the family's configuration.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        planned: list[PlannedTensor],
+        norms: dict[str, QuantizedTensor],
+        residuals: dict[str, torch.Tensor],
+        report: Report,
+        device: torch.device | None,
+        sequences: Sequence[Sequence[int]],
+    ) -> None:
+        assert checkpoint.config is not None
+        self.kind = family(checkpoint.config)
+        self.config = self.kind.parse_config(checkpoint.config)
+        self.checkpoint = checkpoint
+        self.norms = norms
+        self.residuals = residuals
+        self.report = report
+        self.device = device or torch.device("cpu")
+        dtype = resolve_dtype("auto", self.device, checkpoint.config)
+        if self.device.type == "cpu":
+            dtype = torch.float32
+        self.states = HiddenStates(
+            self.kind, self.config, checkpoint.read, sequences, self.device, dtype
+        )
+        self.norm_items = {item.name: item for item in planned if item.consumers}
+
+    def layer(self, index: int, items: list[PlannedTensor]) -> Iterator[tuple[str, Stored]]:
+        """Yield the stored tensors of one decoder layer, in the order of `items`."""
+        sources = {item.name: _read(self.checkpoint, item) for item in items}
+        dense: dict[str, torch.Tensor] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for item in items:
+            source = sources[item.name]
+            if item.name in self.norms:
+                continue
+            value = _dense(source, item).to(self.device, torch.float32)
+            _check_finite(value, item)
+            fold = self.residuals.get(item.name)
+            dense[item.name] = value if fold is None else value * fold.to(self.device)
             fmt = item.format or _kept_format(source, item)
-            result = round_tensor(wanted, fmt, item.name)
-            _count(report, item, source, result, wanted)
-            result = result.to("cpu")
-        yield item.name, result
+            dtypes[item.name] = PLAIN_DTYPES.get(fmt.name, torch.float32)
+        work = LayerWeights(dense, {item.name: item.format for item in items}, dtypes, {})
+        before = dict(work.dense)
+
+        def read_before(name: str) -> Stored:
+            return self.norms[name] if name in self.norms else before[name]
+
+        wanted = [item.name for item in items if is_searched(item.format)]
+        if wanted:
+            work.stats = self.states.observe_layer(
+                index, read_before, wanted, _gram_limit(items, wanted)
+            )
+            quantize_layer(work, self._norm_sites(items), self.kind.value_heads(self.config))
+        stored = {item.name: self._store(item, sources[item.name], work, before) for item in items}
+        self.states.advance(index, stored.__getitem__)
+        for item in items:
+            yield item.name, stored[item.name].to("cpu")
+
+    def head_stats(self, item: PlannedTensor) -> InputStats | None:
+        """Return what reaches the output matrix; None for any other tensor."""
+        if item.name != "lm_head.weight" or not is_searched(item.format):
+            return None
+        norm: Stored = self.norms.get("model.norm.weight") or self.checkpoint.read(
+            "model.norm.weight"
+        )
+        limit = _gram_limit([item], [item.name])
+        return self.states.observe_head(lambda _: norm, item.name, limit)
+
+    def _norm_sites(self, items: list[PlannedTensor]) -> list[NormSite]:
+        """Return the norms of a layer whose every reader is rounded anyway or kept in float32."""
+        sites = []
+        for item in items:
+            is_plain = item.format is None or item.format.is_plain
+            if not item.consumers or not is_plain:
+                continue
+            readers = [i for i in items if i.name in item.consumers]
+            if all(
+                i.role == "kept" or (i.format is not None and not i.format.is_plain)
+                for i in readers
+            ):
+                sites.append(NormSite(item.name, tuple(i.name for i in readers)))
+        return sites
+
+    def _store(
+        self,
+        item: PlannedTensor,
+        source: Stored,
+        work: LayerWeights,
+        before: dict[str, torch.Tensor],
+    ) -> Stored:
+        if item.name in self.norms:
+            _count(self.report, item, source, self.norms[item.name])
+            return self.norms[item.name]
+        value = work.dense[item.name]
+        is_changed = value is not before[item.name] or item.name in self.residuals
+        choice = work.choices.get(item.name)
+        if choice is not None:
+            how = work.transforms.get(item.name)
+            _count(self.report, item, source, choice.stored, value, choice, how)
+            return choice.stored
+        if item.format is None and not is_changed:
+            _count(self.report, item, source, source)
+            return source
+        fmt = item.format or _kept_format(source, item)
+        result = round_tensor(value, fmt, item.name)
+        _count(self.report, item, source, result, value)
+        return result
+
+
+def _gram_limit(items: list[PlannedTensor], wanted: list[str]) -> int:
+    """Return the most columns whose Gram matrices are kept whole, within _GRAM_BYTES a layer."""
+    # Weights of one input share theirs; experts do not share between experts.
+    inputs: dict[tuple[str, int], None] = {}
+    for item in items:
+        if item.name in wanted:
+            group = re.sub(r"\.(gate|up|q|k|v|q_a|kv_a)_proj(_with_mqa)?\.weight$", "", item.name)
+            inputs[group, item.shape[-1]] = None
+    total, limit = 0, 0
+    widths = sorted(cols for _, cols in inputs)
+    for cols in widths:
+        total += 2 * 4 * cols * cols
+        if total > _GRAM_BYTES:
+            break
+        limit = cols
+    else:
+        return max(widths, default=0)
+    return limit if widths.count(limit) == 1 else limit - 1
 
 
 def _kept_format(source: Stored, item: PlannedTensor) -> Format:
@@ -180,6 +364,8 @@ def _count(
     source: Stored,
     result: Stored,
     wanted: torch.Tensor | None = None,
+    choice: Choice | None = None,
+    transform: str | None = None,
 ) -> None:
     squared_error = squared_norm = 0.0
     if wanted is not None:
@@ -197,6 +383,15 @@ def _count(
         squared_error=squared_error,
         squared_norm=squared_norm,
     )
+    if choice is not None:
+        report.add_choice(
+            item.name,
+            algorithm=choice.algorithm,
+            transform=transform,
+            error=choice.error,
+            nearest_error=choice.nearest_error,
+            on_outputs=choice.on_outputs,
+        )
 
 
 def _numel(source: QuantizedTensor) -> int:

@@ -19,6 +19,7 @@ from fastgpt.errors import CheckpointError, ConfigError
 from fastgpt.quant.policy import Parameter, Policy
 from fastgpt.quant.report import Report
 from fastgpt.quant.rounding import round_tensor
+from fastgpt.quant.search import choose, is_searched
 from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor
 
 __all__ = ["QuantizedLinear", "QuantizedModule", "load_into", "quantize_module"]
@@ -184,7 +185,11 @@ def quantize_module(
         stored: torch.Tensor | QuantizedTensor = weight.detach()
         if fmt is not None:
             moved = weight.detach() if device is None else weight.detach().to(device)
-            stored = round_tensor(moved, fmt, parameter.name).to(weight.device)
+            if is_searched(fmt):
+                choice = choose(moved, fmt, None, parameter.name)
+                stored = choice.stored.to(weight.device)
+            else:
+                stored = round_tensor(moved, fmt, parameter.name).to(weight.device)
             _replace(module, parameter.name, stored, weight.dtype)
         _count(report, parameter, weight.detach(), stored)
     return _with_save(module, metadata)

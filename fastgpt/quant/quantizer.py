@@ -15,10 +15,12 @@ from fastgpt.checkpoint.container import Metadata, write_container
 from fastgpt.checkpoint.state_dict import StateDict
 from fastgpt.errors import ConfigError
 from fastgpt.models import load as load_model
+from fastgpt.quant.calibration import Calibration, token_sequences, tokens_sha256
 from fastgpt.quant.family import PlannedTensor, Stored, plan_family, quantize_family
 from fastgpt.quant.foreign import quantize_module
 from fastgpt.quant.policy import Policy
 from fastgpt.quant.report import Report
+from fastgpt.quant.search import is_searched
 from fastgpt.quant.sources import TextFiles, module_checkpoint, open_source, text_of_module
 
 __all__ = ["QuantizedModel", "Quantizer"]
@@ -27,7 +29,11 @@ _HEADER_BYTES_PER_TENSOR = 640  # two parts with name, shape, offsets and checks
 
 
 class Quantizer:
-    """Quantizes one model by round-to-nearest, as a policy says.
+    """Quantizes one model as a policy says.
+
+    Codes of integer formats with groups are searched: round-to-nearest, clipped scales and GPTQ,
+    after exact scalings and rotations, whichever is best by the error of the weight's output on
+    calibration tokens that were held out.
 
     Args:
         model_or_path: an nn.Module (one of FastGPT's, one of transformers', or any module with
@@ -41,7 +47,10 @@ class Quantizer:
         model_config: fields of config.json, or its path, for a pickled state dict or for a module
             that does not carry them.
         in_place: change a foreign module itself instead of a copy.
-        budget, calibration: not available in this version; None.
+        calibration: "self" (the model's own generations), a text file, texts, lists of token ids, a
+            `Calibration`, or None: codes are then searched by the error of the weights alone, as
+            they always are in a module of another library. Read only if codes are searched.
+        budget: not available in this version; None.
 
     Raises:
         ConfigError: an unknown key, a malformed value.
@@ -58,19 +67,20 @@ class Quantizer:
         *,
         tokenizer: str | os.PathLike[str] | None = None,
         budget: None = None,
-        calibration: None = None,
+        calibration: Any = "self",
         sensitive: Sequence[str] | str = (),
         device: str | torch.device | None = None,
         model_config: Mapping[str, Any] | str | None = None,
         in_place: bool = False,
     ) -> None:
-        for key, value in (("budget", budget), ("calibration", calibration)):
-            if value is not None:
-                raise ConfigError(f"{key}={value!r} is not available in this version; leave it out")
+        if budget is not None:
+            raise ConfigError(f"budget={budget!r} is not available in this version; leave it out")
+        self.calibration = Calibration.parse(calibration)
         self.policy = Policy.parse(config, sensitive)
         self.report = Report()
         self._device = None if device is None else torch.device(device)
         self._in_place = in_place
+        self._sequences: list[list[int]] | None = None
         self._module: nn.Module | None = None
         self._checkpoint: Checkpoint | None
         if isinstance(model_or_path, nn.Module):
@@ -186,8 +196,24 @@ class Quantizer:
         assert self._checkpoint is not None
         planned, notes = plan_family(self._checkpoint, self.policy)
         self.report.notes += notes
-        tensors = quantize_family(self._checkpoint, planned, self.report, self._device)
+        sequences: list[list[int]] = []
+        if any(is_searched(item.format) for item in planned):
+            sequences = self._calibration_tokens()
+        tensors = quantize_family(self._checkpoint, planned, self.report, self._device, sequences)
         return _with_bar(tensors, len(planned)) if progress else tensors
+
+    def _calibration_tokens(self) -> list[list[int]]:
+        """Return the calibration tokens, the same in every run of this object."""
+        assert self._checkpoint is not None
+        if self._sequences is None:
+            self._sequences = token_sequences(self.calibration, self._checkpoint, self._device)
+        self.report.calibration = {
+            "source": self.calibration.describe(),
+            "num_sequences": len(self._sequences),
+            "num_tokens": sum(map(len, self._sequences)),
+            "sha256": tokens_sha256(self._sequences),
+        }
+        return self._sequences
 
     def _metadata(self) -> Metadata:
         config = None

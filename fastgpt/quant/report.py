@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,8 @@ class Report:
     rows: dict[tuple[str, str], _Row] = field(default_factory=dict)
     errors: list[tuple[float, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
     def add(
         self,
@@ -61,6 +64,25 @@ class Report:
             self.errors.append((squared_error / squared_norm, name))
             if len(self.errors) > 8 * _NUM_WORST:
                 self.errors = sorted(self.errors, reverse=True)[:_NUM_WORST]
+
+    def add_choice(
+        self,
+        name: str,
+        *,
+        algorithm: str,
+        transform: str | None,
+        error: float,
+        nearest_error: float,
+        on_outputs: bool,
+    ) -> None:
+        """Note how the codes of one tensor were chosen, and its error beside round-to-nearest's."""
+        entry = {
+            "algorithm": algorithm,
+            "error": error,
+            "nearest_error": nearest_error,
+            "of": "outputs" if on_outputs else "weights",
+        }
+        self.choices[name] = entry if transform is None else {**entry, "transform": transform}
 
     @property
     def before_bytes(self) -> int:
@@ -96,6 +118,8 @@ class Report:
                 {"name": name, "nmse": error}
                 for error, name in sorted(self.errors, reverse=True)[:_NUM_WORST]
             ],
+            "choices": self.choices,
+            "calibration": self.calibration,
             "notes": self.notes,
         }
 
@@ -137,4 +161,25 @@ def render_report(report: dict[str, Any]) -> str:
         lines.append("  ".join(cells).rstrip())
     if after:
         lines.append(f"{before / after:.2f} times smaller")
+    lines += _chosen(report.get("choices", {}))
     return "\n".join(lines + [f"note: {note}" for note in report["notes"]])
+
+
+def _chosen(choices: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what the search chose and won, a line for each kind of error."""
+    lines = []
+    for of in ("outputs", "weights"):
+        entries = [entry for entry in choices.values() if entry["of"] == of]
+        if not entries:
+            continue
+        ratios = [e["error"] / e["nearest_error"] if e["nearest_error"] else 1.0 for e in entries]
+        counts = Counter(
+            "+".join(filter(None, (e.get("transform"), e["algorithm"]))) for e in entries
+        )
+        kinds = ", ".join(f"{name} {count}" for name, count in counts.most_common())
+        where = "held-out outputs" if of == "outputs" else "weights"
+        lines.append(
+            f"searched codes: squared error of {where} {sum(ratios) / len(ratios):.2f} times "
+            f"round-to-nearest's (mean of {len(entries)} tensors; {kinds})"
+        )
+    return lines

@@ -1,0 +1,312 @@
+"""What reaches the weights of one decoder layer: Gram matrices of their inputs, layer by layer.
+
+The hidden states of all calibration tokens stay on the host between layers; one layer at a time is
+built, watched, and let go, so the memory is one layer's whatever the model's depth.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.batch import Batch
+from fastgpt.layers.attention import Workspace
+from fastgpt.layers.linear import Projection
+from fastgpt.layers.mla import MlaAttention
+from fastgpt.layers.moe import MixtureOfExperts
+from fastgpt.layers.norm import RmsNorm
+from fastgpt.layers.rotary import cos_sin_table
+from fastgpt.layers.weights import Source, WeightLoader
+from fastgpt.models.model import Layer
+from fastgpt.models.spec import Family
+
+__all__ = ["HiddenStates", "InputStats"]
+
+_CHUNK_TOKENS = 2048  # of one pass through a layer, at least one sequence
+_BLOCK_SIZE = 32
+_HELD_OUT = 4  # every fourth sequence is held out: used to choose, never to fit
+
+
+@dataclass
+class InputStats:
+    """Inputs of one weight (or of several that read the same), [tokens, cols].
+
+    Attributes:
+        fit, held_out: sums of x xᵀ over the calibration tokens and over the held-out ones,
+            [cols, cols] float32; or of x², [cols], where the matrix would not fit.
+        num_fit, num_held_out: tokens in each.
+        amax: largest |x|.
+    """
+
+    fit: Tensor
+    held_out: Tensor
+    num_fit: int = 0
+    num_held_out: int = 0
+    amax: float = 0.0
+
+    @staticmethod
+    def empty(cols: int, device: torch.device, *, full: bool) -> InputStats:
+        """Return sums of nothing; `full` keeps whole matrices, else their diagonals."""
+        shape = (cols, cols) if full else (cols,)
+        return InputStats(torch.zeros(shape, device=device), torch.zeros(shape, device=device))
+
+    @property
+    def is_full(self) -> bool:
+        """True where whole Gram matrices were kept."""
+        return self.fit.ndim == 2
+
+    def add(self, x: Tensor, *, held_out: bool) -> None:
+        """Count the rows of x [tokens, cols]."""
+        if x.shape[0] == 0:
+            return
+        x = x.detach().float()
+        total = self.held_out if held_out else self.fit
+        if self.is_full:
+            total.addmm_(x.T, x)
+        else:
+            total.add_(x.square().sum(0))
+        self.amax = max(self.amax, float(x.abs().amax()))
+        if held_out:
+            self.num_held_out += x.shape[0]
+        else:
+            self.num_fit += x.shape[0]
+
+    def gram(self) -> Tensor:
+        """Return the mean of x xᵀ (or of x²) over the calibration tokens."""
+        return self.fit / max(1, self.num_fit)
+
+    def held_out_gram(self) -> Tensor:
+        """Return the same over the held-out tokens."""
+        return self.held_out / max(1, self.num_held_out)
+
+
+class _Watched:
+    """A projection that shows its input before it runs."""
+
+    def __init__(self, inner: Projection, show: Callable[[Tensor], None]) -> None:
+        self.inner = inner
+        self.show = show
+        self.out_features = inner.out_features
+
+    def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        self.show(x)
+        return self.inner(x, out=out)
+
+
+class _WatchedNorm:
+    """A norm that shows its output: what kv_b_proj reads, which attention absorbs elsewhere."""
+
+    def __init__(self, inner: RmsNorm, show: Callable[[Tensor], None]) -> None:
+        self.inner = inner
+        self.show = show
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        self.show(y)
+        return y
+
+
+@dataclass
+class _Watch:
+    """Collects the inputs of the weights in `wanted`; weights of one projection share theirs."""
+
+    wanted: frozenset[str]
+    max_gram_cols: int
+    stats: dict[str, InputStats] = field(default_factory=dict)
+    held_out: bool = False
+
+    def show(self, names: Sequence[str], x: Tensor) -> None:
+        names = [name for name in names if name in self.wanted]
+        if not names:
+            return
+        first = self.stats.get(names[0])
+        if first is None:
+            cols = x.shape[-1]
+            first = InputStats.empty(cols, x.device, full=cols <= self.max_gram_cols)
+        first.add(x.reshape(-1, x.shape[-1]), held_out=self.held_out)
+        self.stats.update(dict.fromkeys(names, first))
+
+
+class _WatchingLoader(WeightLoader):
+    """Loads projections that show their inputs."""
+
+    watch: _Watch
+
+    def linear(self, joined_name: str, parts: Any, in_features: int, **options: Any) -> Any:
+        inner = super().linear(joined_name, parts, in_features, **options)
+        names = [f"{name}.weight" for name, _ in parts]
+        return _Watched(inner, lambda x: self.watch.show(names, x))
+
+
+class HiddenStates:
+    """The residual stream of all calibration tokens, and the layers that move it on.
+
+    Args:
+        kind: the model's family.
+        config: its configuration.
+        source: canonical name -> stored weight of the embedding.
+        sequences: token ids; every fourth is held out.
+        device: where layers run.
+        dtype: of activations.
+    """
+
+    def __init__(
+        self,
+        kind: Family,
+        config: Any,
+        source: Source,
+        sequences: Sequence[Sequence[int]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.kind = kind
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        longest = max(len(ids) for ids in sequences)
+        self._cos_sin = cos_sin_table(config.rope, longest).to(device)
+        self._chunks = list(_chunks(sequences))
+        loader = self._loader(source, WeightLoader)
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = loader.dense("model.embed_tokens.weight", shape)
+        self._states = [
+            ops.embedding(
+                _flat(chunk).to(device),
+                embedding,
+                out=torch.empty(
+                    (sum(map(len, chunk)), config.hidden_size), dtype=dtype, device=device
+                ),
+            ).cpu()
+            for chunk, _ in self._chunks
+        ]
+
+    def observe_layer(
+        self, i: int, source: Source, wanted: Sequence[str], max_gram_cols: int
+    ) -> dict[str, InputStats]:
+        """Return what reaches the weights `wanted` of layer i; the states stay as they are."""
+        watch = _Watch(frozenset(wanted), max_gram_cols)
+        layer, norm = self._load(i, source, watch)
+        self._run(layer, norm, watch, keep=False)
+        return watch.stats
+
+    def advance(self, i: int, source: Source) -> None:
+        """Move the states through layer i with the weights of `source`."""
+        layer, norm = self._load(i, source, None)
+        self._run(layer, norm, None, keep=True)
+
+    def observe_head(self, source: Source, name: str, max_gram_cols: int) -> InputStats:
+        """Return what reaches the output matrix `name`: the final norm's output."""
+        watch = _Watch(frozenset([name]), max_gram_cols)
+        loader = self._loader(source, WeightLoader)
+        norm = loader.norm("model.norm.weight", self.config.hidden_size, self.config.norm_eps)
+        for (_, held_out), states in zip(self._chunks, self._states, strict=True):
+            watch.held_out = held_out
+            watch.show([name], norm(states.to(self.device)))
+        return watch.stats[name]
+
+    def _loader(self, source: Source, cls: type[WeightLoader]) -> WeightLoader:
+        return cls(
+            source,
+            self.device,
+            self.dtype,
+            lambda shape, dtype, name: torch.empty(shape, dtype=dtype, device=self.device),
+        )
+
+    def _load(self, i: int, source: Source, watch: _Watch | None) -> tuple[Layer, RmsNorm]:
+        loader = self._loader(source, WeightLoader if watch is None else _WatchingLoader)
+        if watch is not None:
+            assert isinstance(loader, _WatchingLoader)
+            loader.watch = watch
+        layer = self.kind.load_layer(self.config, i, loader, self._cos_sin, Workspace())
+        name = f"model.layers.{i}"
+        norm = loader.norm(
+            f"{name}.input_layernorm.weight", self.config.hidden_size, self.config.norm_eps
+        )
+        if watch is not None and isinstance(layer.attention, MlaAttention):
+            latent = f"{name}.self_attn.kv_b_proj.weight"
+            watched: Any = _WatchedNorm(layer.attention.kv_norm, lambda x: watch.show([latent], x))
+            layer.attention.kv_norm = watched
+        if watch is not None and isinstance(layer.feed_forward, MixtureOfExperts):
+            _watch_experts(layer.feed_forward, f"{name}.mlp.experts", watch)
+        return layer, norm
+
+    def _run(self, layer: Layer, norm: RmsNorm, watch: _Watch | None, *, keep: bool) -> None:
+        layout = self.kind.kv_layout(self.config)
+        for at, (chunk, held_out) in enumerate(self._chunks):
+            if watch is not None:
+                watch.held_out = held_out
+            batch, num_blocks = _batch(chunk, self.device)
+            shape = (num_blocks, *layout.block_shape(_BLOCK_SIZE)[1:])
+            cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            residual = self._states[at].to(self.device, copy=True)
+            x = layer.post_norm.add(layer.attention(norm(residual), batch, cache), residual)
+            residual += layer.feed_forward(x)
+            if keep:
+                self._states[at] = residual.cpu()
+
+
+def _watch_experts(experts: MixtureOfExperts, name: str, watch: _Watch) -> None:
+    """Show every expert the rows that are routed to it."""
+
+    def product(x: Tensor, weight: Any, rows: Tensor, offsets: Tensor, per_token: int) -> Tensor:
+        modules = ("gate_proj", "up_proj") if weight is experts.gate_up else ("down_proj",)
+        ends = offsets.tolist()
+        for e, (first, last) in enumerate(itertools.pairwise(ends)):
+            names = [f"{name}.{e}.{module}.weight" for module in modules]
+            if last > first:
+                watch.show(names, x[rows[first:last].long() // per_token])
+        return ops.grouped_linear(x, weight, rows, offsets, per_token)
+
+    experts.product = product
+
+
+def _chunks(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], bool]]:
+    """Yield runs of sequences that fit one pass, and whether they are held out."""
+    for held_out in (False, True):
+        chunk: list[Sequence[int]] = []
+        for i, ids in enumerate(sequences):
+            if (i % _HELD_OUT == _HELD_OUT - 1) != held_out:
+                continue
+            if chunk and sum(map(len, chunk)) + len(ids) > _CHUNK_TOKENS:
+                yield chunk, held_out
+                chunk = []
+            chunk.append(ids)
+        if chunk:
+            yield chunk, held_out
+
+
+def _flat(chunk: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([token for ids in chunk for token in ids], dtype=torch.int64)
+
+
+def _batch(chunk: Sequence[Sequence[int]], device: torch.device) -> tuple[Batch, int]:
+    """Return whole sequences as one batch, and the cache blocks it writes."""
+    lengths = [len(ids) for ids in chunk]
+    blocks = [-(-length // _BLOCK_SIZE) for length in lengths]
+    tables = torch.zeros((len(chunk), max(blocks)), dtype=torch.int32)
+    slots, first = [], 0
+    for row, (length, count) in enumerate(zip(lengths, blocks, strict=True)):
+        tables[row, :count] = torch.arange(first, first + count, dtype=torch.int32)
+        slots.append(torch.arange(length) + first * _BLOCK_SIZE)
+        first += count
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    batch = Batch(
+        token_ids=_flat(chunk).to(device),
+        positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
+        slot_mapping=torch.cat(slots).to(device),
+        block_tables=tables.to(device),
+        cu_seqlens_q=torch.nn.functional.pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0)).to(
+            device
+        ),
+        seq_lens=seq_lens.to(device),
+        max_seqlen_q=max(lengths),
+        max_seq_len=max(lengths),
+        logits_indices=torch.arange(sum(lengths), device=device),
+    )
+    return batch, first
