@@ -54,7 +54,8 @@ def rotated(stats: InputStats, rotation: Tensor) -> InputStats:
 
     def rotate(gram: Tensor) -> Tensor:
         right = (gram.unflatten(1, (-1, size)) @ rotation).flatten(1)
-        return (right.T.unflatten(1, (-1, size)) @ rotation).flatten(1).T.contiguous()
+        both: Tensor = (right.T.unflatten(1, (-1, size)) @ rotation).flatten(1)
+        return both.T.contiguous()
 
     assert stats.is_full
     return InputStats(
