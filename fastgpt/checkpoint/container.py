@@ -12,6 +12,7 @@ header by its own checksum, tensors by theirs, padding by being zero.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -29,7 +30,14 @@ from fastgpt.checkpoint.safetensors import DTYPES, SafetensorsFile, TensorEntry
 from fastgpt.errors import CheckpointError, ConfigError, UnsupportedFormat
 from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor, part_name
 
-__all__ = ["FORMAT_VERSION", "Container", "Metadata", "TensorRecord", "write_container"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Container",
+    "Metadata",
+    "TensorRecord",
+    "part_sha256",
+    "write_container",
+]
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64
@@ -50,11 +58,13 @@ class TensorRecord(msgspec.Struct, frozen=True):
             type that is no format (integers, booleans).
         shape: shape of the weight.
         parts: suffix ("" for a plain tensor) -> xxh3 of the part's bytes, 16 hexadecimal digits.
+        sha256: suffix -> SHA-256 of the part's bytes; empty in files of before it was kept.
     """
 
     format: dict[str, Any] | None
     shape: tuple[int, ...]
     parts: dict[str, str]
+    sha256: dict[str, str] = {}
 
 
 class Metadata(msgspec.Struct, kw_only=True):
@@ -70,6 +80,7 @@ class Metadata(msgspec.Struct, kw_only=True):
         chat_template: jinja source, None when there is none.
         generation_config: the fields of generation_config.json.
         report: sizes by format and the loss summary.
+        certificate: what was measured of the model's answers, on which tokens, of which source.
     """
 
     format_version: int = FORMAT_VERSION
@@ -81,6 +92,7 @@ class Metadata(msgspec.Struct, kw_only=True):
     chat_template: str | None = None
     generation_config: dict[str, Any] = {}
     report: dict[str, Any] = {}
+    certificate: dict[str, Any] = {}
 
 
 def write_container(
@@ -319,16 +331,17 @@ def _write_tensors(
         if name in records or name.startswith(_PADDING):
             raise CheckpointError(f"cannot write tensor {name!r}: the name is taken")
         fmt, shape, parts = _stored_form(tensor)
-        sums = {}
+        sums, hashes = {}, {}
         for suffix, part in parts.items():
             if part.dtype not in _DTYPE_NAMES:
                 raise CheckpointError(f"cannot store {name!r}: {part.dtype} has no stored form")
             part = part.detach().cpu().contiguous()
             put(_stored_name(name, suffix), part)
             sums[suffix] = _checksum(part)
+            hashes[suffix] = part_sha256(part)
             if at % ALIGNMENT:
                 put(f"{_PADDING}{len(entries)}", torch.zeros(-at % ALIGNMENT, dtype=torch.uint8))
-        records[name] = TensorRecord(fmt.to_json() if fmt else None, shape, sums)
+        records[name] = TensorRecord(fmt.to_json() if fmt else None, shape, sums, hashes)
     return entries, records
 
 
@@ -368,6 +381,11 @@ def _bytes(part: torch.Tensor) -> memoryview:
 
 def _checksum(part: torch.Tensor) -> str:
     return xxhash.xxh3_64_hexdigest(_bytes(part))
+
+
+def part_sha256(part: torch.Tensor) -> str:
+    """Return the SHA-256 of the bytes of a contiguous CPU tensor."""
+    return hashlib.sha256(_bytes(part)).hexdigest()
 
 
 def _align(n: int) -> int:

@@ -15,6 +15,7 @@ __all__ = ["app"]
 _COMMANDS = {
     "quantize": ("fastgpt.cli.quantize", "Quantize a model into one file."),
     "inspect": ("fastgpt.cli.inspect", "Print what a model file holds."),
+    "verify": ("fastgpt.cli.verify", "Check a model file against its certificate."),
     "serve": ("fastgpt.cli.serve", "Serve a model over HTTP, in OpenAI's form."),
     "doctor": ("fastgpt.cli.doctor", "Print versions, devices, kernels, and what is wrong."),
 }

@@ -28,6 +28,9 @@ def quantize(
     model_config: Annotated[
         str | None, typer.Option(help="config.json of a state-dict .pt; default: beside it.")
     ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="self (the model's own generations), none, or a text file.")
+    ] = "self",
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda:0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, write nothing.")] = False,
 ) -> None:
@@ -39,6 +42,7 @@ def quantize(
         _read_policy(policy),
         tokenizer=tokenizer,
         sensitive=sensitive or (),
+        calibration=calibration,
         device=device,
         model_config=model_config,
     )

@@ -35,6 +35,7 @@ class Calibration:
             sequences; texts or lists of token ids, taken as they are; None: no data.
         prompts: for "self": texts, chats (lists of messages) or token ids.
         num_sequences: most sequences used; every fourth is held out to choose with.
+        num_evaluation: most sequences kept apart from them to measure the finished model on.
         length: tokens of a generated or cut sequence.
         seed: of generations and draws.
     """
@@ -42,12 +43,13 @@ class Calibration:
     source: str | os.PathLike[str] | Texts | None = "self"
     prompts: Sequence[Any] = ()
     num_sequences: int = 64
+    num_evaluation: int = 16
     length: int = 512
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for key, least in (("num_sequences", 4), ("length", 8)):
+        for key, least in (("num_sequences", 4), ("num_evaluation", 0), ("length", 8)):
             value = getattr(self, key)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"calibration {key} is {value!r}; expected {least} or more")
@@ -80,7 +82,7 @@ class Calibration:
                 )
             return Calibration(source=value)
         if isinstance(value, Sequence) and value:
-            return Calibration(source=value, num_sequences=max(4, len(value)))
+            return Calibration(source=value, num_sequences=max(4, len(value)), num_evaluation=0)
         raise ConfigError(
             f"calibration is {value!r}; expected 'self', 'none', a text file, texts or token ids"
         )
@@ -88,8 +90,8 @@ class Calibration:
 
 def token_sequences(
     calibration: Calibration, checkpoint: Checkpoint, device: torch.device | None
-) -> list[list[int]]:
-    """Return the calibration tokens for a model; [] without data.
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens to quantize with and those to measure with; nothing without data.
 
     Raises:
         ConfigError: too little text for four sequences, or text for a model without a tokenizer.
@@ -99,7 +101,7 @@ def token_sequences(
     length = min(calibration.length, config.max_position)
     source = calibration.source
     if source is None:
-        return []
+        return [], []
     if isinstance(source, str) and source == "self":
         sequences = _own_generations(calibration, checkpoint, device, length)
     elif isinstance(source, (str, os.PathLike)):
@@ -111,18 +113,22 @@ def token_sequences(
             for item in source
         ]
         sequences = [ids[: config.max_position] for ids in sequences]
-    sequences = [ids for ids in sequences if len(ids) > 1][: calibration.num_sequences]
+    sequences = [ids for ids in sequences if len(ids) > 1]
+    # What measures must not have chosen; a short text gives a fifth of itself.
+    count = min(calibration.num_evaluation, len(sequences) // 5)
+    evaluation = sequences[len(sequences) - count :] if count > 1 else []
+    sequences = sequences[: len(sequences) - len(evaluation)][: calibration.num_sequences]
     if len(sequences) < 4:
         raise ConfigError(
             f"calibration gives {len(sequences)} sequences of {length} tokens; 4 or more are "
             "needed, one of them held out"
         )
-    for ids in sequences:
+    for ids in (*sequences, *evaluation):
         if min(ids) < 0 or max(ids) >= config.vocab_size:
             raise ConfigError(
                 f"calibration holds token {max(ids)}; the model knows 0 .. {config.vocab_size - 1}"
             )
-    return sequences
+    return sequences, evaluation
 
 
 def tokens_sha256(sequences: Sequence[Sequence[int]]) -> str:
@@ -144,7 +150,7 @@ def _own_generations(
     engine = Engine(
         checkpoint,
         device="cpu" if device is None else device,
-        max_batch=min(calibration.num_sequences, 64),
+        max_batch=min(calibration.num_sequences + calibration.num_evaluation, 64),
         max_length=length,
         warmup_iterations=0,
     )
@@ -166,7 +172,7 @@ def _own_generations(
 
 
 def _prompts(calibration: Calibration, checkpoint: Checkpoint, engine: Engine) -> list[list[int]]:
-    count = calibration.num_sequences
+    count = calibration.num_sequences + calibration.num_evaluation
     if calibration.prompts:
         ids = [engine.encode(prompt) for prompt in calibration.prompts]
         return [ids[i % len(ids)] for i in range(count)]

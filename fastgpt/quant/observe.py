@@ -23,6 +23,7 @@ from fastgpt.layers.moe import MixtureOfExperts
 from fastgpt.layers.norm import RmsNorm
 from fastgpt.layers.rotary import cos_sin_table
 from fastgpt.layers.weights import Source, WeightLoader
+from fastgpt.models.decoder import load_head
 from fastgpt.models.model import Layer
 from fastgpt.models.spec import Family
 
@@ -209,6 +210,26 @@ class HiddenStates:
             watch.held_out = held_out
             watch.show([name], norm(states.to(self.device)))
         return watch.stats[name]
+
+    @staticmethod
+    def order(sequences: Sequence[Sequence[int]]) -> list[int]:
+        """Return the positions of the sequences in the order in which they pass."""
+        held_out = [i for i in range(len(sequences)) if i % _HELD_OUT == _HELD_OUT - 1]
+        return [i for i in range(len(sequences)) if i % _HELD_OUT != _HELD_OUT - 1] + held_out
+
+    def logits(self, source: Source) -> Iterator[Tensor]:
+        """Yield the next-token logits of each sequence, [tokens, vocab] float32; see `order`."""
+        config, loader = self.config, self._loader(source, WeightLoader)
+        norm = loader.norm("model.norm.weight", config.hidden_size, config.norm_eps)
+        shape = (config.vocab_size, config.hidden_size)
+        tied = config.tie_word_embeddings
+        embedding = loader.dense("model.embed_tokens.weight", shape) if tied else torch.empty(0)
+        head = load_head(loader, embedding, *shape, tied)
+        for (chunk, _), states in zip(self._chunks, self._states, strict=True):
+            hidden = norm(states.to(self.device))
+            for rows in hidden.split([len(ids) for ids in chunk]):
+                out = torch.empty((len(rows), shape[0]), dtype=torch.float32, device=self.device)
+                yield head(rows, out=out)
 
     def _loader(self, source: Source, cls: type[WeightLoader]) -> WeightLoader:
         return cls(

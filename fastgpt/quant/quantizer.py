@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +16,18 @@ from fastgpt.checkpoint.state_dict import StateDict
 from fastgpt.errors import ConfigError
 from fastgpt.models import load as load_model
 from fastgpt.quant.calibration import Calibration, token_sequences, tokens_sha256
+from fastgpt.quant.evaluate import Evaluation
 from fastgpt.quant.family import PlannedTensor, Stored, plan_family, quantize_family
 from fastgpt.quant.foreign import quantize_module
 from fastgpt.quant.policy import Policy
 from fastgpt.quant.report import Report
 from fastgpt.quant.search import is_searched
 from fastgpt.quant.sources import TextFiles, module_checkpoint, open_source, text_of_module
+from fastgpt.quant.verify import checkpoint_sha256
 
 __all__ = ["QuantizedModel", "Quantizer"]
 
-_HEADER_BYTES_PER_TENSOR = 640  # two parts with name, shape, offsets and checksums
+_HEADER_BYTES_PER_TENSOR = 1000  # two parts with name, shape, offsets, sums; its choice
 
 
 class Quantizer:
@@ -80,7 +82,8 @@ class Quantizer:
         self.report = Report()
         self._device = None if device is None else torch.device(device)
         self._in_place = in_place
-        self._sequences: list[list[int]] | None = None
+        self.certificate: dict[str, Any] = {}
+        self._tokens: tuple[list[list[int]], list[list[int]]] | None = None
         self._module: nn.Module | None = None
         self._checkpoint: Checkpoint | None
         if isinstance(model_or_path, nn.Module):
@@ -152,6 +155,7 @@ class Quantizer:
             ConfigError: a rule that matches nothing, or a value that does not fit its format.
         """
         self.report = Report()
+        self.certificate = {}
         metadata = self._metadata()
         result: nn.Module
         if self._checkpoint is None:
@@ -168,6 +172,7 @@ class Quantizer:
             tensors = {name: _owned(stored) for name, stored in self._tensors(progress)}
             result = QuantizedModel(tensors, metadata, self.report)
         metadata.report = self.report.to_json()
+        metadata.certificate = self._certificate()
         if progress:
             sys.stdout.write(f"{self.report}\n")
         return result
@@ -181,11 +186,13 @@ class Quantizer:
             self.convert(progress=progress).save(path)
             return self.report
         self.report = Report()
+        self.certificate = {}
         metadata = self._metadata()
 
         def tensors() -> Iterator[tuple[str, Stored]]:
             yield from self._tensors(progress)
             metadata.report = self.report.to_json()
+            metadata.certificate = self._certificate()
 
         _write(path, tensors(), metadata, num_tensors=len(self.plan()))
         if progress:
@@ -197,23 +204,41 @@ class Quantizer:
         planned, notes = plan_family(self._checkpoint, self.policy)
         self.report.notes += notes
         sequences: list[list[int]] = []
-        if any(is_searched(item.format) for item in planned):
-            sequences = self._calibration_tokens()
+        evaluation: list[list[int]] = []
+        if any(item.format is not None and not item.format.is_plain for item in planned):
+            sequences, evaluation = self._calibration_tokens()
+        if not any(is_searched(item.format) for item in planned):
+            sequences = []
         tensors = quantize_family(self._checkpoint, planned, self.report, self._device, sequences)
+        if evaluation:
+            measured = Evaluation(self._checkpoint, evaluation, self._device)
+            tensors = _then(measured.watch(tensors), lambda: self._certify(measured))
         return _with_bar(tensors, len(planned)) if progress else tensors
 
-    def _calibration_tokens(self) -> list[list[int]]:
-        """Return the calibration tokens, the same in every run of this object."""
+    def _certificate(self) -> dict[str, Any]:
+        """Return what the file says of its origin and of the model's answers."""
+        if self._checkpoint is None:
+            return {}
+        return {**self.certificate, "source_sha256": checkpoint_sha256(self._checkpoint)}
+
+    def _certify(self, measured: Evaluation) -> None:
+        self.certificate = measured.figures
+        figures = {k: v for k, v in measured.figures.items() if k != "evaluation_tokens"}
+        self.report.quality = figures
+
+    def _calibration_tokens(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the tokens to quantize and to measure with, the same in every run."""
         assert self._checkpoint is not None
-        if self._sequences is None:
-            self._sequences = token_sequences(self.calibration, self._checkpoint, self._device)
+        if self._tokens is None:
+            self._tokens = token_sequences(self.calibration, self._checkpoint, self._device)
+        sequences, _ = self._tokens
         self.report.calibration = {
             "source": self.calibration.describe(),
-            "num_sequences": len(self._sequences),
-            "num_tokens": sum(map(len, self._sequences)),
-            "sha256": tokens_sha256(self._sequences),
+            "num_sequences": len(sequences),
+            "num_tokens": sum(map(len, sequences)),
+            "sha256": tokens_sha256(sequences),
         }
-        return self._sequences
+        return self._tokens
 
     def _metadata(self) -> Metadata:
         config = None
@@ -281,6 +306,14 @@ def _write(
     text_bytes = len((metadata.tokenizer_json or "").encode()) * 2
     reserve = text_bytes + num_tensors * _HEADER_BYTES_PER_TENSOR + 65536
     write_container(path, tensors, metadata, header_bytes=reserve if num_tensors > 512 else 0)
+
+
+def _then(
+    tensors: Iterator[tuple[str, Stored]], action: Callable[[], None]
+) -> Iterator[tuple[str, Stored]]:
+    """Yield the same, then act."""
+    yield from tensors
+    action()
 
 
 def _owned(stored: Stored) -> Stored:

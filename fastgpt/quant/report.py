@@ -39,6 +39,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    quality: dict[str, Any] = field(default_factory=dict)
 
     def add(
         self,
@@ -120,6 +121,7 @@ class Report:
             ],
             "choices": self.choices,
             "calibration": self.calibration,
+            "quality": self.quality,
             "notes": self.notes,
         }
 
@@ -162,6 +164,8 @@ def render_report(report: dict[str, Any]) -> str:
     if after:
         lines.append(f"{before / after:.2f} times smaller")
     lines += _chosen(report.get("choices", {}))
+    if report.get("quality"):
+        lines += _measured(report["quality"])
     return "\n".join(lines + [f"note: {note}" for note in report["notes"]])
 
 
@@ -182,4 +186,19 @@ def _chosen(choices: dict[str, dict[str, Any]]) -> list[str]:
             f"searched codes: squared error of {where} {sum(ratios) / len(ratios):.2f} times "
             f"round-to-nearest's (mean of {len(entries)} tensors; {kinds})"
         )
+    return lines
+
+
+def _measured(figures: dict[str, Any]) -> list[str]:
+    """Return the figures as lines for a reader."""
+    low, high = figures["perplexity_ratio_95"]
+    lines = [
+        f"measured on {figures['positions']} positions ({figures['arithmetic']}): KL mean "
+        f"{figures['kl_mean']:.3g}, p99 {figures['kl_p99']:.3g}, noise floor "
+        f"{figures['noise_floor_kl']:.2g} nats",
+        f"same top token {100 * figures['same_top1']:.2f} %, perplexity ratio "
+        f"{figures['perplexity_ratio']:.4f} (95 % interval {low:.4f} to {high:.4f})",
+    ]
+    if figures["near_noise"]:
+        lines.append("the KL is within three noise floors: indistinguishable by this measure")
     return lines

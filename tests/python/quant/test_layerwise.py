@@ -155,15 +155,17 @@ def test_search_gptq_by_name_needs_data(references):
 
 def test_calibration_sources(references, tmp_path):
     checkpoint = state_of(references["qwen2"])
-    own = Calibration(num_sequences=6, length=24)
-    drawn = token_sequences(own, checkpoint, None)
-    assert 4 <= len(drawn) <= 6
+    own = Calibration(num_sequences=8, num_evaluation=2, length=24)
+    drawn, kept_apart = token_sequences(own, checkpoint, None)
+    assert 4 <= len(drawn) <= 8
+    assert len(kept_apart) == 2
     assert max(map(len, drawn)) <= 24
-    assert drawn == token_sequences(own, checkpoint, None)
+    assert (drawn, kept_apart) == token_sequences(own, checkpoint, None)
     given = [[1, 2, 3]] * 5
-    assert token_sequences(Calibration.parse(given), checkpoint, None) == given
-    assert token_sequences(Calibration.parse(None), checkpoint, None) == []
-    prompted = token_sequences(Calibration(prompts=[[5, 6, 7]], num_sequences=4), checkpoint, None)
+    assert token_sequences(Calibration.parse(given), checkpoint, None) == (given, [])
+    assert token_sequences(Calibration.parse(None), checkpoint, None) == ([], [])
+    asked = Calibration(prompts=[[5, 6, 7]], num_sequences=4, num_evaluation=0)
+    prompted, _ = token_sequences(asked, checkpoint, None)
     assert all(ids[:3] == [5, 6, 7] for ids in prompted)
 
 
