@@ -17,26 +17,63 @@ from fastgpt.units import resolve_bytes
 __all__ = ["GPTMemoryPool", "PoolEntry", "PoolStats", "device_memory"]
 
 _CONTENTS = {"undefined": 0, "zero": 1, "keep": 2}
-_SLAB_BYTES = 64 << 20
+_HANDLE_BYTES = 64 << 20
 _DEFAULT_BUDGET = "0.9"  # of what is free when the pool is made
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolStats:
-    """Byte counts of a pool; reserved = allocated + free and allocated = requested + rounding."""
+    """Byte counts of a pool, exact at every moment.
+
+    reserved = requested + rounding + pending + returnable + scattered + lane + evicted.
+
+    Attributes:
+        budget_bytes: reserved never exceeds it.
+        reserved_bytes: physical memory held.
+        allocated_bytes: handed out, requested + rounding.
+        requested_bytes: handed out, as asked for.
+        rounding_bytes: handed out beyond what was asked for.
+        pending_bytes: free, a stream may still be using it.
+        returnable_bytes: free, in handles that hold nothing else.
+        scattered_bytes: free, in handles that are partly used.
+        lane_bytes: free, kept aside for one thread and stream.
+        evicted_bytes: under evicted entries, in handles that are partly used.
+        ahead_bytes: of the free bytes, those never handed out yet.
+        largest_free_bytes: the largest request served without growing.
+        peak_requested_bytes, peak_allocated_bytes, peak_reserved_bytes: since reset_peaks.
+        peak_touched_bytes: peak of reserved - ahead.
+        num_slabs: handles of physical memory, or fixed slabs.
+        num_blocks: live blocks; num_allocations: ever.
+        num_upstream_calls: driver calls for memory.
+        num_stream_waits, num_event_records: for reuse on another stream.
+        fragmentation: 1 - peak requested / peak reserved.
+        fragmentation_now: (rounding + scattered) / reserved.
+    """
 
     budget_bytes: int
     reserved_bytes: int
     allocated_bytes: int
     requested_bytes: int
+    rounding_bytes: int
+    pending_bytes: int
+    returnable_bytes: int
+    scattered_bytes: int
+    lane_bytes: int
+    evicted_bytes: int
+    ahead_bytes: int
     largest_free_bytes: int
+    peak_requested_bytes: int
     peak_allocated_bytes: int
     peak_reserved_bytes: int
+    peak_touched_bytes: int
     num_slabs: int
     num_blocks: int
     num_allocations: int
     num_upstream_calls: int
-    fragmentation: float  # 1 - peak allocated / peak reserved
+    num_stream_waits: int
+    num_event_records: int
+    fragmentation: float
+    fragmentation_now: float
 
     @property
     def free_bytes(self) -> int:
@@ -73,11 +110,11 @@ def _cuda_index(device: torch.device) -> int:
 
 
 class GPTMemoryPool:
-    """A two-level memory pool of one device: an arena of slabs, and named buffers that persist.
+    """A two-level memory pool of one device: an arena, and named buffers that persist.
 
-    Level 1 hands out blocks of slabs that never move. Level 2 remembers blocks by layer name, so
-    that a layer asking again for its buffer gets the same memory. Tensors keep their memory alive
-    by themselves: deleting the pool or freeing a name while a tensor lives is safe.
+    Level 1 hands out blocks that never move, in stream order. Level 2 remembers blocks by layer
+    name, so that a layer asking again for its buffer gets the same memory. Tensors keep their
+    memory alive by themselves: deleting the pool or freeing a name while a tensor lives is safe.
 
     Any thread may call any method. A pool belongs to the process that made it.
 
@@ -107,7 +144,7 @@ class GPTMemoryPool:
         self.budget_bytes = resolve_bytes(_DEFAULT_BUDGET if budget is None else budget, free)
         if self.budget_bytes > free:
             self.budget_bytes = int(0.9 * free)
-        self._pool = _C.MemoryPool(index, self.budget_bytes, _SLAB_BYTES)
+        self._pool = _C.MemoryPool(index, self.budget_bytes, _HANDLE_BYTES)
         self._pid = os.getpid()
 
     def allocate(
@@ -177,7 +214,7 @@ class GPTMemoryPool:
         return [PoolEntry(*entry) for entry in self._pool.entries()]
 
     def trim(self) -> int:
-        """Give slabs without a live block back to the device; return the bytes given back."""
+        """Give memory that nobody uses back, in whole handles; return how many bytes."""
         return int(self._pool.trim())
 
     def reset_peaks(self) -> None:

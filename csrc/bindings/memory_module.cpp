@@ -43,10 +43,10 @@ void* as_stream(std::uintptr_t stream) { return reinterpret_cast<void*>(stream);
 
 class MemoryPool {
  public:
-  MemoryPool(int cuda_device, std::size_t budget_bytes, std::size_t slab_bytes)
+  MemoryPool(int cuda_device, std::size_t budget_bytes, std::size_t handle_bytes)
       : cache_(std::make_shared<LayerCache>(std::make_unique<Arena>(
             cuda_device < 0 ? make_host_upstream() : make_cuda_upstream(cuda_device), budget_bytes,
-            slab_bytes))) {}
+            options(cuda_device, handle_bytes)))) {}
 
   py::capsule allocate(std::size_t bytes, const std::string& name, const std::string& layout,
                        int contents, std::uintptr_t stream) {
@@ -64,20 +64,36 @@ class MemoryPool {
   }
 
   py::dict stats() const {
-    const ArenaStats s = cache_->arena().stats();
+    ArenaStats s;
+    {
+      py::gil_scoped_release release;
+      s = cache_->arena().stats();
+    }
     py::dict out;
     out["budget_bytes"] = s.budget_bytes;
     out["reserved_bytes"] = s.reserved_bytes;
     out["allocated_bytes"] = s.allocated_bytes;
     out["requested_bytes"] = s.requested_bytes;
+    out["rounding_bytes"] = s.rounding_bytes;
+    out["pending_bytes"] = s.pending_bytes;
+    out["returnable_bytes"] = s.returnable_bytes;
+    out["scattered_bytes"] = s.scattered_bytes;
+    out["lane_bytes"] = s.lane_bytes;
+    out["evicted_bytes"] = s.evicted_bytes;
+    out["ahead_bytes"] = s.ahead_bytes;
     out["largest_free_bytes"] = s.largest_free_bytes;
+    out["peak_requested_bytes"] = s.peak_requested_bytes;
     out["peak_allocated_bytes"] = s.peak_allocated_bytes;
     out["peak_reserved_bytes"] = s.peak_reserved_bytes;
+    out["peak_touched_bytes"] = s.peak_touched_bytes;
     out["num_slabs"] = s.num_slabs;
     out["num_blocks"] = s.num_blocks;
     out["num_allocations"] = s.num_allocations;
     out["num_upstream_calls"] = s.num_upstream_calls;
+    out["num_stream_waits"] = s.num_stream_waits;
+    out["num_event_records"] = s.num_event_records;
     out["fragmentation"] = s.fragmentation();
+    out["fragmentation_now"] = s.fragmentation_now();
     return out;
   }
 
@@ -95,6 +111,12 @@ class MemoryPool {
   void check_integrity() const { cache_->arena().check_integrity(); }
 
  private:
+  // The driver takes milliseconds to map while kernels run: one handle stays mapped ahead. On the
+  // host mapping is a promise and costs nothing.
+  static ArenaOptions options(int cuda_device, std::size_t handle_bytes) {
+    return {.handle_bytes = handle_bytes, .ahead_bytes = cuda_device < 0 ? 0 : handle_bytes};
+  }
+
   std::shared_ptr<LayerCache> cache_;
 };
 
@@ -103,7 +125,7 @@ class MemoryPool {
 void bind_memory(py::module_& m) {
   py::class_<MemoryPool>(m, "MemoryPool")
       .def(py::init<int, std::size_t, std::size_t>(), py::arg("cuda_device"),
-           py::arg("budget_bytes"), py::arg("slab_bytes"))
+           py::arg("budget_bytes"), py::arg("handle_bytes"))
       .def("allocate", &MemoryPool::allocate, py::arg("bytes"), py::arg("name"), py::arg("layout"),
            py::arg("contents"), py::arg("stream"))
       .def("free", &MemoryPool::free, py::arg("name"), py::arg("stream"))

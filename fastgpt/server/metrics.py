@@ -43,7 +43,7 @@ class Metrics:
         )
         self._fragmentation = Gauge(
             "fastgpt_memory_fragmentation",
-            "1 - peak allocated bytes / peak reserved bytes of the memory pool.",
+            "1 - peak requested bytes / peak reserved bytes of the memory pool.",
             registry=r,
         )
         self._pool = Gauge(

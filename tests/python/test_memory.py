@@ -187,7 +187,7 @@ def test_pool_two_threads(pool: GPTMemoryPool) -> None:
     assert errors == []
 
 
-def test_pool_trim_gives_empty_slabs_back(pool: GPTMemoryPool) -> None:
+def test_pool_trim_gives_unused_memory_back(pool: GPTMemoryPool) -> None:
     tensor = pool.allocate((100 << 20,), dtype=torch.uint8)
     reserved = pool.stats().reserved_bytes
     assert pool.trim() == reserved - (100 << 20) or pool.stats().reserved_bytes >= 100 << 20

@@ -3,122 +3,354 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <map>
 #include <random>
+#include <thread>
 
-#include "memory/fake_upstream.h"
+#include "fastgpt/fake_upstream.h"
 
 namespace fastgpt {
 namespace {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
 
-struct ArenaTest : ::testing::Test {
-  std::shared_ptr<test::FakeUpstream> upstream = std::make_shared<test::FakeUpstream>(64 * kMiB);
-  Arena arena{upstream, 16 * kMiB, kMiB};
-  void* stream_a = reinterpret_cast<void*>(std::uintptr_t{1});
-  void* stream_b = reinterpret_cast<void*>(std::uintptr_t{2});
-};
+void* stream(std::uintptr_t id) { return reinterpret_cast<void*>(id); }
 
-TEST_F(ArenaTest, BlocksAreAlignedAndCoalesceToTheWholeSlab) {
-  void* blocks[3];
-  for (void*& block : blocks) block = arena.allocate(1000, nullptr);
-  for (void* block : blocks) EXPECT_EQ(std::uintptr_t(block) % kArenaAlignment, 0U);
-  for (const int i : {1, 0, 2}) arena.free(blocks[i], nullptr);
-  EXPECT_EQ(arena.stats().largest_free_bytes, kMiB);
-  arena.check_integrity();
+std::shared_ptr<FakeUpstream> make_fake(std::size_t capacity, bool can_map = true,
+                                        std::uint64_t seed = 0) {
+  return std::make_shared<FakeUpstream>(FakeUpstream::Options{capacity, can_map, kMiB, seed});
 }
 
-TEST_F(ArenaTest, StatsIdentityHolds) {
-  void* block = arena.allocate(1, nullptr);
+// Every contract holds where memory is mapped and where it comes in fixed slabs.
+struct ArenaTest : ::testing::TestWithParam<bool> {
+  std::shared_ptr<FakeUpstream> upstream = make_fake(64 * kMiB, GetParam());
+  Arena arena{upstream, 16 * kMiB, {.handle_bytes = 2 * kMiB, .use_lanes = false}};
+  void* a = stream(1);
+  void* b = stream(2);
+
+  ~ArenaTest() override {
+    arena.check_integrity();
+    upstream->run_all();
+    EXPECT_TRUE(upstream->violations().empty()) << upstream->violations().front();
+  }
+};
+INSTANTIATE_TEST_SUITE_P(Memory, ArenaTest, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "Mapped" : "Slabs"; });
+
+TEST_P(ArenaTest, BlocksAreAlignedAndCoalesce) {
+  void* blocks[3];
+  for (void*& block : blocks) block = arena.allocate(1000, a);
+  for (void* block : blocks) EXPECT_EQ(std::uintptr_t(block) % kArenaAlignment, 0U);
+  for (const int i : {1, 0, 2}) arena.free(blocks[i], a);
+  EXPECT_EQ(arena.stats().largest_free_bytes, 2 * kMiB);
+}
+
+TEST_P(ArenaTest, StatsIdentityHolds) {
+  void* block = arena.allocate(1, a);
   const ArenaStats stats = arena.stats();
   EXPECT_EQ(stats.requested_bytes, 1U);
-  EXPECT_EQ(stats.allocated_bytes, kArenaAlignment);
-  EXPECT_EQ(stats.reserved_bytes, kMiB);
-  EXPECT_DOUBLE_EQ(stats.fragmentation(), 1.0 - 256.0 / double(kMiB));
-  arena.free(block, nullptr);
+  EXPECT_EQ(stats.rounding_bytes, kArenaAlignment - 1);
+  EXPECT_EQ(stats.reserved_bytes, 2 * kMiB);
+  EXPECT_EQ(stats.scattered_bytes, 2 * kMiB - kArenaAlignment);
+  EXPECT_DOUBLE_EQ(stats.fragmentation(), 1.0 - 1.0 / double(2 * kMiB));
+  arena.free(block, a);
+  EXPECT_EQ(arena.stats().pending_bytes, 2 * kMiB);
+  upstream->run_all();
+  EXPECT_EQ(arena.stats().returnable_bytes, 2 * kMiB);
+  EXPECT_EQ(Arena(upstream, kMiB).stats().fragmentation(), 0.0);
 }
 
-TEST_F(ArenaTest, FreeTwiceThrows) {
-  void* block = arena.allocate(10, nullptr);
-  arena.free(block, nullptr);
-  EXPECT_THROW(arena.free(block, nullptr), InvalidArgument);
-  EXPECT_THROW(arena.free(&arena, nullptr), InvalidArgument);
+TEST_P(ArenaTest, FreeTwiceThrows) {
+  void* block = arena.allocate(10, a);
+  arena.free(block, a);
+  EXPECT_THROW(arena.free(block, a), InvalidArgument);
+  EXPECT_THROW(arena.free(&arena, a), InvalidArgument);
 }
 
-TEST_F(ArenaTest, BudgetHoldsAndOutOfMemoryLeavesTheArenaWhole) {
-  void* block = arena.allocate(10 * kMiB, nullptr);
-  EXPECT_THROW(arena.allocate(10 * kMiB, nullptr), OutOfMemory);
+TEST_P(ArenaTest, BudgetHoldsAndOutOfMemoryLeavesTheArenaWhole) {
+  void* block = arena.allocate(10 * kMiB, a);
+  EXPECT_THROW(arena.allocate(10 * kMiB, a), OutOfMemory);
   arena.check_integrity();
-  arena.free(block, nullptr);
-  EXPECT_NO_THROW(arena.allocate(16 * kMiB, nullptr));  // empty slabs are given back first
+  arena.free(block, a);
+  EXPECT_NO_THROW(arena.allocate(16 * kMiB, a));  // free memory is given back or joined first
+  EXPECT_EQ(upstream->mapped_bytes(), 16 * kMiB);
+  EXPECT_THROW(arena.allocate(1, a), OutOfMemory);
+  EXPECT_THROW(arena.allocate(~std::size_t{0}, a), InvalidArgument);
 }
 
-TEST_F(ArenaTest, UpstreamFailureIsOutOfMemoryAndCountsStayTrue) {
-  upstream->fail_next = true;
-  EXPECT_NO_THROW(arena.allocate(1000, nullptr));  // the second, smaller try succeeds
-  Arena starved(std::make_shared<test::FakeUpstream>(100), kMiB, kMiB);
-  EXPECT_THROW(starved.allocate(1000, nullptr), OutOfMemory);
-  EXPECT_EQ(starved.stats().reserved_bytes, 0U);
+TEST_P(ArenaTest, DeviceWithoutMemoryIsOutOfMemory) {
+  Arena starved(make_fake(kMiB, GetParam()), 8 * kMiB, {.handle_bytes = 2 * kMiB});
+  EXPECT_NO_THROW(starved.allocate(1000, a));  // less than a handle is left: take that
+  EXPECT_THROW(starved.allocate(kMiB, a), OutOfMemory);
   starved.check_integrity();
 }
 
-TEST_F(ArenaTest, AnotherStreamWaitsForTheOneThatFreed) {
-  arena.free(arena.allocate(kMiB, stream_a), stream_a);
-  void* block = arena.allocate(kMiB, stream_a);
-  EXPECT_TRUE(upstream->waits.empty());
-  arena.free(block, stream_a);
-  arena.allocate(kMiB, stream_b);
-  EXPECT_EQ(upstream->waits, std::vector<void*>{stream_a});
+TEST_P(ArenaTest, SameStreamReusesWithoutAWaitAnotherWaitsOnce) {
+  void* block = arena.allocate(kMiB, a);
+  arena.free(block, a);
+  EXPECT_EQ(arena.allocate(kMiB, a), block);
+  EXPECT_EQ(arena.stats().num_stream_waits, 0U);
+  upstream->expect(block, 0, 0, a);
+  arena.free(block, a);
+  EXPECT_EQ(arena.allocate(kMiB, b), block);
+  EXPECT_EQ(arena.stats().num_stream_waits, 1U);
 }
 
-TEST_F(ArenaTest, MergedBlocksOfTwoStreamsForgetNeither) {
-  void* first = arena.allocate(kMiB / 2, stream_a);
-  void* second = arena.allocate(kMiB / 2, stream_b);
-  arena.free(first, stream_a);
-  arena.free(second, stream_b);
-  arena.allocate(kMiB, reinterpret_cast<void*>(std::uintptr_t{3}));
-  EXPECT_EQ(upstream->waits.size(), 2U);
+TEST_P(ArenaTest, OneEventCoversAHundredFrees) {
+  std::vector<void*> blocks;
+  for (int i = 0; i < 100; ++i) blocks.push_back(arena.allocate(10000, a));
+  for (void* block : blocks) arena.free(block, a);
+  for (int i = 0; i < 100; ++i) arena.allocate(10000, b);
+  EXPECT_EQ(arena.stats().num_event_records, 1U);
+  EXPECT_EQ(arena.stats().num_stream_waits, 1U);
 }
 
-TEST_F(ArenaTest, GrowStaysInPlaceOrRefuses) {
-  void* block = arena.allocate(1000, nullptr);
-  EXPECT_TRUE(arena.grow(block, 5000, nullptr));
+TEST_P(ArenaTest, MergedBlocksOfTwoStreamsForgetNeither) {
+  void* first = arena.allocate(kMiB, a);
+  void* second = arena.allocate(kMiB, b);
+  upstream->write(first, kMiB, 1, a);
+  upstream->expect(first, kMiB, 1, a);
+  upstream->write(second, kMiB, 2, b);
+  upstream->expect(second, kMiB, 2, b);
+  arena.free(first, a);
+  arena.free(second, b);
+  void* both = arena.allocate(2 * kMiB, stream(3));
+  EXPECT_EQ(both, first);
+  upstream->write(both, 2 * kMiB, 3, stream(3));
+  EXPECT_EQ(arena.stats().num_stream_waits, 2U);
+}
+
+TEST_P(ArenaTest, RecordedUseIsWaitedFor) {
+  void* block = arena.allocate(2 * kMiB, a);
+  upstream->write(block, 2 * kMiB, 1, a);
+  upstream->run_all();
+  upstream->expect(block, 2 * kMiB, 1, b);
+  arena.record_use(block, b);
+  arena.free(block, a);
+  EXPECT_EQ(arena.allocate(2 * kMiB, a), block);
+  upstream->write(block, 2 * kMiB, 2, a);
+  EXPECT_EQ(arena.stats().num_stream_waits, 1U);
+  EXPECT_THROW(arena.record_use(&arena, a), InvalidArgument);
+}
+
+TEST_P(ArenaTest, ReleasedStreamStaysSafeAndItsHandleMayComeBack) {
+  void* block = arena.allocate(2 * kMiB, a);
+  upstream->write(block, 2 * kMiB, 1, a);
+  upstream->expect(block, 2 * kMiB, 1, a);
+  arena.free(block, a);
+  arena.release_stream(a);
+  // The same handle is a new stream now: it must wait for the old one.
+  EXPECT_EQ(arena.allocate(2 * kMiB, a), block);
+  EXPECT_EQ(arena.stats().num_stream_waits, 1U);
+}
+
+TEST_P(ArenaTest, MoreStreamsThanSlots) {
+  for (std::uintptr_t i = 1; i <= 100; ++i) {
+    void* block = arena.allocate(kMiB, stream(i));
+    upstream->write(block, kMiB, std::uint8_t(i), stream(i));
+    upstream->expect(block, kMiB, std::uint8_t(i), stream(i));
+    arena.free(block, stream(i));
+  }
+}
+
+TEST_P(ArenaTest, CapturingStreamReusesItsOwnAndRefusesForeignMemory) {
+  arena.free(arena.allocate(16 * kMiB, a), a);
+  upstream->begin_capture(a);
+  EXPECT_NO_THROW(arena.free(arena.allocate(16 * kMiB, a), a));
+  upstream->end_capture(a);
+  upstream->begin_capture(b);
+  EXPECT_THROW(arena.allocate(16 * kMiB, b), DeviceError);
+  upstream->end_capture(b);
+  EXPECT_NO_THROW(arena.allocate(16 * kMiB, b));
+}
+
+TEST_P(ArenaTest, GrowStaysInPlaceOrRefuses) {
+  void* block = arena.allocate(1000, a);
+  EXPECT_TRUE(arena.grow(block, 5000, a));
   EXPECT_GE(arena.block_bytes(block), 5000U);
-  void* neighbour = arena.allocate(1000, nullptr);
-  EXPECT_FALSE(arena.grow(block, 50000, nullptr));
+  void* neighbour = arena.allocate(1000, a);
+  EXPECT_FALSE(arena.grow(block, 50000, a));
   arena.check_integrity();
-  arena.free(neighbour, nullptr);
-  EXPECT_TRUE(arena.grow(block, 50000, nullptr));
+  arena.free(neighbour, b);
+  EXPECT_TRUE(arena.grow(block, 50000, a));
+  EXPECT_EQ(arena.stats().num_stream_waits, 1U);
 }
 
-TEST_F(ArenaTest, RandomOperationsKeepEveryInvariant) {
-  std::mt19937 rng(7);
-  std::vector<std::pair<unsigned char*, std::size_t>> live;
-  for (int step = 0; step < 20000; ++step) {
-    if (!live.empty() && rng() % 100 < 48) {
-      const std::size_t i = rng() % live.size();
-      const auto [data, bytes] = live[i];
-      const auto stamp = static_cast<unsigned char>(std::uintptr_t(data) >> 8);
-      ASSERT_EQ(data[0], stamp);
-      ASSERT_EQ(data[bytes - 1], stamp);
-      arena.free(data, nullptr);
-      live[i] = live.back();
-      live.pop_back();
-    } else {
-      const std::size_t bytes = 1 + rng() % (rng() % 10 == 0 ? 200000 : 3000);
+TEST_P(ArenaTest, TrimReturnsWholeHandlesOnly) {
+  void* small = arena.allocate(1000, a);
+  void* large = arena.allocate(9 * kMiB, a);
+  arena.free(large, a);
+  EXPECT_GE(arena.trim(), GetParam() ? 8 * kMiB : 9 * kMiB);
+  EXPECT_EQ(arena.stats().reserved_bytes, upstream->mapped_bytes());
+  arena.free(small, a);
+  arena.trim();
+  EXPECT_EQ(upstream->mapped_bytes(), 0U);
+}
+
+TEST_P(ArenaTest, EveryDriverCallMayFail) {
+  for (std::uint64_t k = 1;; ++k) {
+    auto fake = make_fake(64 * kMiB, GetParam());
+    Arena fragile(fake, 8 * kMiB, {.handle_bytes = 2 * kMiB, .use_lanes = false});
+    std::vector<std::pair<void*, void*>> live;
+    fake->fail_at(k);
+    const auto before = fake->num_calls();
+    const auto attempt = [&](auto act) {
+      const ArenaStats was = fragile.stats();
       try {
-        auto* data = static_cast<unsigned char*>(arena.allocate(bytes, nullptr));
-        data[0] = data[bytes - 1] = static_cast<unsigned char>(std::uintptr_t(data) >> 8);
-        live.emplace_back(data, bytes);
-      } catch (const OutOfMemory&) {
-        ASSERT_GT(arena.stats().allocated_bytes, 8 * kMiB);
+        act();
+      } catch (const Error&) {
+        EXPECT_EQ(fragile.stats().requested_bytes, was.requested_bytes) << "call " << k;
+        EXPECT_EQ(fragile.stats().num_blocks, was.num_blocks) << "call " << k;
+      }
+      fragile.check_integrity();
+      EXPECT_EQ(fragile.stats().reserved_bytes, fake->mapped_bytes()) << "call " << k;
+    };
+    for (const std::size_t mib : {1, 3, 2, 5}) {
+      for (void* s : {a, b}) {
+        try {
+          attempt([&] { live.emplace_back(fragile.allocate(mib * kMiB, s), s); });
+          if (!live.empty() && mib == 2) {
+            attempt([&] {
+              fragile.free(live.back().first, live.back().second);
+              live.pop_back();
+            });
+          }
+        } catch (const DeviceError&) {  // stats() itself met the failure
+        }
       }
     }
-    if (step % 100 == 0) arena.check_integrity();
+    while (!live.empty()) {
+      const auto [data, s] = live.back();
+      live.pop_back();
+      try {
+        fragile.free(data, s);
+      } catch (const DeviceError&) {
+        fragile.free(data, s);  // still live, as the failed call left it
+      }
+    }
+    fake->fail_at(0);
+    fragile.trim();
+    EXPECT_EQ(fake->mapped_bytes(), 0U) << "call " << k;
+    EXPECT_TRUE(fake->violations().empty()) << fake->violations().front();
+    if (fake->num_calls() < before + k) break;  // the script has fewer calls than k
+    ASSERT_LT(k, 1000U);
   }
-  for (const auto& [data, bytes] : live) arena.free(data, nullptr);
-  arena.trim();
-  EXPECT_EQ(upstream->num_live(), 0U);
+}
+
+TEST(ArenaMappedTest, GrowthMovesNothingAndJoinsHandles) {
+  auto upstream = make_fake(64 * kMiB);
+  Arena arena(upstream, 32 * kMiB, {.handle_bytes = 2 * kMiB, .use_lanes = false});
+  void* first = arena.allocate(3 * kMiB / 2, nullptr);
+  void* second = arena.allocate(3 * kMiB, nullptr);
+  EXPECT_EQ(static_cast<std::byte*>(second) - static_cast<std::byte*>(first), 3 * kMiB / 2);
+  EXPECT_EQ(arena.stats().reserved_bytes, 5 * kMiB);  // the half-used handle is used up first
+}
+
+TEST(ArenaMappedTest, SpreadFreeMemoryIsMappedTogetherBeforeOutOfMemory) {
+  auto upstream = make_fake(64 * kMiB);
+  Arena arena(upstream, 16 * kMiB, {.handle_bytes = 2 * kMiB, .use_lanes = false});
+  void* blocks[8];
+  for (void*& block : blocks) block = arena.allocate(2 * kMiB, nullptr);
+  for (const int i : {0, 2, 4, 6}) arena.free(blocks[i], nullptr);
+  EXPECT_NO_THROW(arena.allocate(8 * kMiB, nullptr));
+  arena.check_integrity();
+  EXPECT_EQ(arena.stats().reserved_bytes, 16 * kMiB);
+  EXPECT_TRUE(upstream->violations().empty());
+}
+
+TEST(ArenaMappedTest, EvictedBlocksKeepTheirAddressAndGiveTheirMemory) {
+  auto upstream = make_fake(64 * kMiB);
+  Arena arena(upstream, 16 * kMiB, {.handle_bytes = 2 * kMiB, .use_lanes = false});
+  void* entry = arena.allocate(9 * kMiB + 1000, nullptr);
+  arena.allocate(1000, nullptr);
+  arena.evict(entry);
+  arena.check_integrity();
+  EXPECT_LE(arena.stats().reserved_bytes, 4 * kMiB);
+  EXPECT_THROW(arena.record_use(entry, nullptr), InvalidArgument);
+  EXPECT_THROW(arena.evict(entry), InvalidArgument);
+  void* other = arena.allocate(12 * kMiB, nullptr);
+  EXPECT_THROW(arena.restore(entry), OutOfMemory);
+  arena.check_integrity();
+  arena.free(other, nullptr);
+  arena.restore(entry);
+  EXPECT_EQ(arena.block_bytes(entry), 9 * kMiB + 1024);
+  arena.check_integrity();
+  arena.evict(entry);
+  arena.free(entry, nullptr);
+  arena.check_integrity();
+  EXPECT_THROW(arena.restore(entry), InvalidArgument);
+  EXPECT_TRUE(upstream->violations().empty());
+}
+
+TEST(ArenaMappedTest, MemoryIsCommittedAheadByAnotherThread) {
+  auto upstream = make_fake(64 * kMiB);
+  Arena arena(upstream, 32 * kMiB, {.handle_bytes = 2 * kMiB, .ahead_bytes = 2 * kMiB});
+  arena.allocate(kMiB / 2, nullptr);
+  arena.allocate(kMiB, nullptr);
+  const auto has_ahead = [&] { return arena.stats().ahead_bytes >= 2 * kMiB; };
+  for (int i = 0; i < 5000 && !has_ahead(); ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_TRUE(has_ahead());
+  const auto calls = upstream->num_memory_calls();
+  arena.allocate(kMiB, nullptr);
+  arena.check_integrity();
+  EXPECT_GE(upstream->num_memory_calls(), calls);
+}
+
+TEST(ArenaLanesTest, SmallBlocksComeBackExactlyAndAreFlushedUnderPressure) {
+  auto upstream = make_fake(64 * kMiB);
+  Arena arena(upstream, 2 * kMiB, {.handle_bytes = 2 * kMiB});
+  void* block = arena.allocate(1000, stream(1));
+  arena.free(block, stream(1));
+  EXPECT_EQ(arena.stats().lane_bytes, 1024U);
+  EXPECT_EQ(arena.stats().num_blocks, 0U);
+  EXPECT_THROW(arena.free(block, stream(1)), InvalidArgument);
+  EXPECT_EQ(arena.allocate(900, stream(1)), block);
+  EXPECT_EQ(arena.stats().requested_bytes, 900U);
+  arena.free(block, stream(1));
+  arena.check_integrity();
+  EXPECT_NO_THROW(arena.allocate(2 * kMiB, stream(2)));
+  arena.check_integrity();
+}
+
+TEST(ArenaLanesTest, FourThreadsKeepEveryByteCounted) {
+  auto upstream = make_fake(256 * kMiB);
+  Arena arena(upstream, 128 * kMiB, {.handle_bytes = 2 * kMiB, .ahead_bytes = 2 * kMiB});
+  std::atomic<bool> stop{false};
+  std::vector<std::thread> threads;
+  for (std::uintptr_t id = 1; id <= 4; ++id) {
+    threads.emplace_back([&, id] {
+      std::mt19937 rng{unsigned(id)};
+      std::vector<void*> live;
+      for (int step = 0; step < 4000; ++step) {
+        if (!live.empty() && (rng() % 2 == 0 || live.size() > 50)) {
+          std::swap(live[rng() % live.size()], live.back());
+          arena.free(live.back(), stream(id % 3));
+          live.pop_back();
+        } else {
+          live.push_back(arena.allocate(1 + rng() % (rng() % 8 == 0 ? 500000 : 9000), stream(id)));
+        }
+      }
+      for (void* block : live) arena.free(block, stream(id));
+    });
+  }
+  std::thread reader([&] {
+    while (!stop) {
+      const ArenaStats s = arena.stats();
+      ASSERT_EQ(s.reserved_bytes, s.requested_bytes + s.rounding_bytes + s.pending_bytes +
+                                      s.returnable_bytes + s.scattered_bytes + s.lane_bytes);
+      std::this_thread::yield();
+    }
+  });
+  for (std::thread& thread : threads) thread.join();
+  stop = true;
+  reader.join();
+  arena.check_integrity();
+  EXPECT_EQ(arena.stats().num_blocks, 0U);
+  EXPECT_EQ(arena.stats().requested_bytes, 0U);
+  upstream->run_all();
+  EXPECT_TRUE(upstream->violations().empty()) << upstream->violations().front();
 }
 
 }  // namespace

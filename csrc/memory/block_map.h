@@ -1,0 +1,89 @@
+// From a pointer to its block, for blocks that are out of the heap. Sharded: a free on one thread
+// does not wait for a free on another.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+#include "memory/block.h"
+
+namespace fastgpt::memory {
+
+/// Open addressing with linear probing; erasing shifts back, so there are no tombstones and the
+/// cost does not grow with history.
+class BlockMap {
+ public:
+  void insert(Block* block) {
+    Shard& shard = shard_of(block->data);
+    std::lock_guard lock(shard.mutex);
+    if (2 * (shard.size + 1) > shard.table.size()) grow(shard);
+    place(shard.table, block);
+    ++shard.size;
+  }
+
+  /// Run `use(Block*)`, nullptr when there is none, while the pointer's shard is locked.
+  template <class Use>
+  auto with(const void* data, Use use) {
+    Shard& shard = shard_of(data);
+    std::lock_guard lock(shard.mutex);
+    const std::size_t mask = shard.table.size() - 1;
+    for (std::size_t i = home(data, mask); shard.table[i] != nullptr; i = (i + 1) & mask) {
+      if (shard.table[i]->data == data) return use(shard.table[i]);
+    }
+    return use(static_cast<Block*>(nullptr));
+  }
+
+  void erase(const Block* block) {
+    Shard& shard = shard_of(block->data);
+    std::lock_guard lock(shard.mutex);
+    auto& table = shard.table;
+    const std::size_t mask = table.size() - 1;
+    std::size_t hole = home(block->data, mask);
+    while (table[hole] != block) hole = (hole + 1) & mask;
+    for (std::size_t i = (hole + 1) & mask; table[i] != nullptr; i = (i + 1) & mask) {
+      // An entry may move into the hole when its home is not between the hole and itself.
+      if (((i - home(table[i]->data, mask)) & mask) >= ((i - hole) & mask)) {
+        table[hole] = table[i];
+        hole = i;
+      }
+    }
+    table[hole] = nullptr;
+    --shard.size;
+  }
+
+ private:
+  struct alignas(64) Shard {
+    std::mutex mutex;
+    std::vector<Block*> table = std::vector<Block*>(16, nullptr);
+    std::size_t size = 0;
+  };
+
+  // Fibonacci hashing; the top bits pick the shard, the next ones the place.
+  static std::uint64_t hash(const void* data) {
+    return (std::uint64_t(reinterpret_cast<std::uintptr_t>(data)) >> 8) * 0x9E3779B97F4A7C15U;
+  }
+  static std::size_t home(const void* data, std::size_t mask) {
+    return std::size_t(hash(data) >> 26) & mask;
+  }
+  Shard& shard_of(const void* data) { return shards_[hash(data) >> 58]; }
+
+  static void place(std::vector<Block*>& table, Block* block) {
+    const std::size_t mask = table.size() - 1;
+    std::size_t i = home(block->data, mask);
+    while (table[i] != nullptr) i = (i + 1) & mask;
+    table[i] = block;
+  }
+  static void grow(Shard& shard) {
+    std::vector<Block*> table(2 * shard.table.size(), nullptr);
+    for (Block* block : shard.table) {
+      if (block != nullptr) place(table, block);
+    }
+    shard.table = std::move(table);
+  }
+
+  std::array<Shard, 64> shards_;
+};
+
+}  // namespace fastgpt::memory
