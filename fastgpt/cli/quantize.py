@@ -20,13 +20,23 @@ def quantize(
         str, typer.Option(help="four-tier, fp8, int4, or a YAML or JSON file.")
     ] = "four-tier",
     sensitive: Annotated[
-        list[str] | None, typer.Option(help="Name, or dotted part of one, that stays fp16.")
+        list[str] | None,
+        typer.Option(help="Name, or part of one, that stays fp16; or auto."),
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Directory with tokenizer.json; default: the source's.")
     ] = None,
     model_config: Annotated[
         str | None, typer.Option(help="config.json of a state-dict .pt; default: beside it.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Size of all weights: 4.7GB, or 4.5bpw.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Most KL divergence from the source, nats, measured.")
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Least share of same top tokens, such as 0.98.")
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="self (the model's own generations), none, or a text file.")
@@ -41,7 +51,8 @@ def quantize(
         source,
         _read_policy(policy),
         tokenizer=tokenizer,
-        sensitive=sensitive or (),
+        sensitive="auto" if sensitive == ["auto"] else sensitive or (),
+        budget=_budget(budget, max_kl, min_top1),
         calibration=calibration,
         device=device,
         model_config=model_config,
@@ -51,6 +62,22 @@ def quantize(
         return
     quantizer.write(output)
     typer.echo(f"wrote {output}, {output.stat().st_size:,} bytes")
+
+
+def _budget(size: str | None, max_kl: float | None, min_top1: float | None) -> Any:
+    """Return the budget the options describe, or None."""
+    from dataclasses import replace
+
+    from fastgpt.quant import Budget
+
+    if size is None and max_kl is None:
+        if min_top1 is not None:
+            raise ConfigError("--min-top1 goes with --budget or --max-kl")
+        return None
+    if size is not None and max_kl is not None:
+        raise ConfigError("give --budget or --max-kl, not both")
+    base = Budget(max_kl=max_kl) if size is None else Budget.parse(size)
+    return replace(base, min_top1=min_top1)
 
 
 def _read_policy(value: str) -> dict[str, Any] | str:

@@ -6,6 +6,7 @@ built, watched, and let go, so the memory is one layer's whatever the model's de
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -196,10 +197,17 @@ class HiddenStates:
         self._run(layer, norm, watch, keep=False)
         return watch.stats
 
-    def advance(self, i: int, source: Source) -> None:
-        """Move the states through layer i with the weights of `source`."""
+    def advance(self, i: int, source: Source, others: Sequence[HiddenStates] = ()) -> None:
+        """Move the states, and those of `others`, through layer i with the weights of `source`."""
         layer, norm = self._load(i, source, None)
-        self._run(layer, norm, None, keep=True)
+        for states in (self, *others):
+            states._run(layer, norm, None, keep=True)
+
+    def fork(self) -> HiddenStates:
+        """Return the same states as an object of their own."""
+        other = copy.copy(self)
+        other._states = list(self._states)  # replaced when they move, never written
+        return other
 
     def observe_head(self, source: Source, name: str, max_gram_cols: int) -> InputStats:
         """Return what reaches the output matrix `name`: the final norm's output."""

@@ -134,6 +134,12 @@ class Policy:
             out["sensitive"] = list(self.sensitive)
         return out
 
+    def pins(self, name: str) -> bool:
+        """Tell whether an override or a sensitive name, not a role, decides a parameter."""
+        return any(f".{s.strip('.')}." in f".{name}." for s in self.sensitive) or any(
+            re.search(pattern, name) for pattern, _ in self.overrides
+        )
+
     def assign(self, parameters: Sequence[Parameter]) -> dict[str, Format | None]:
         """Return name -> format for every parameter; None keeps it as it is.
 
@@ -223,7 +229,7 @@ def _parse_overrides(value: Any) -> tuple[tuple[str, Format], ...]:
 
 def _names_of(value: Any, key: str) -> tuple[str, ...]:
     if value == "auto":
-        raise ConfigError(f'{key}="auto" is not available; list the names that stay fp16')
+        raise ConfigError(f'{key}="auto" is an argument of Quantizer, not part of a policy')
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) and n for n in names):
         raise ConfigError(f"{key} is {value!r}; expected a list of names")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fastgpt.checkpoint.container import Metadata, write_container
 from fastgpt.checkpoint.state_dict import StateDict
 from fastgpt.errors import ConfigError
 from fastgpt.models import load as load_model
+from fastgpt.quant.allocate import Budget, Unit, is_free, keep_sensitive, measure_units, solve
 from fastgpt.quant.calibration import Calibration, token_sequences, tokens_sha256
 from fastgpt.quant.evaluate import Evaluation
 from fastgpt.quant.family import PlannedTensor, Stored, plan_family, quantize_family
@@ -44,7 +46,8 @@ class Quantizer:
             "four-tier" (fp8 attention, int4 feed-forward, binary norms, fp16 embedding and head).
         tokenizer: a directory or tokenizer.json to put into the file; by default the one beside the
             checkpoint or at model.name_or_path. Without one the file serves token ids only.
-        sensitive: names, or dotted parts of names, that stay fp16.
+        sensitive: names, or dotted parts of names, that stay fp16; or "auto": the weights whose
+            rounding changes the model's answers most for their bytes, up to 5 % more bytes.
         device: where the arithmetic runs; by default where each weight is.
         model_config: fields of config.json, or its path, for a pickled state dict or for a module
             that does not carry them.
@@ -52,7 +55,8 @@ class Quantizer:
         calibration: "self" (the model's own generations), a text file, texts, lists of token ids, a
             `Calibration`, or None: codes are then searched by the error of the weights alone, as
             they always are in a module of another library. Read only if codes are searched.
-        budget: not available in this version; None.
+        budget: "4.7GB", "4.5bpw", or a `Budget`: the formats of all matrices that no override or
+            sensitive name decides are then chosen by what they cost the model's answers.
 
     Raises:
         ConfigError: an unknown key, a malformed value.
@@ -68,21 +72,25 @@ class Quantizer:
         config: Mapping[str, Any] | str | None = None,
         *,
         tokenizer: str | os.PathLike[str] | None = None,
-        budget: None = None,
+        budget: Budget | str | int | None = None,
         calibration: Any = "self",
         sensitive: Sequence[str] | str = (),
         device: str | torch.device | None = None,
         model_config: Mapping[str, Any] | str | None = None,
         in_place: bool = False,
     ) -> None:
-        if budget is not None:
-            raise ConfigError(f"budget={budget!r} is not available in this version; leave it out")
+        self.budget = None if budget is None else Budget.parse(budget)
         self.calibration = Calibration.parse(calibration)
-        self.policy = Policy.parse(config, sensitive)
+        self._keeps_sensitive = sensitive == "auto"
+        self.policy = Policy.parse(config, () if self._keeps_sensitive else sensitive)
         self.report = Report()
         self._device = None if device is None else torch.device(device)
         self._in_place = in_place
         self.certificate: dict[str, Any] = {}
+        self._plan: tuple[list[PlannedTensor], list[str]] | None = None
+        self._allocation: dict[str, Any] = {}
+        self._units: list[Unit] = []
+        self._max_loss: float | None = None
         self._tokens: tuple[list[list[int]], list[list[int]]] | None = None
         self._module: nn.Module | None = None
         self._checkpoint: Checkpoint | None
@@ -113,7 +121,7 @@ class Quantizer:
             )
 
     def plan(self) -> list[PlannedTensor]:
-        """Return what would be stored and how, without reading weights.
+        """Return what would be stored and how; reads weights only to keep a budget.
 
         Raises:
             CheckpointError: a weight is missing or has no role.
@@ -121,14 +129,18 @@ class Quantizer:
         """
         if self._checkpoint is None:
             raise ConfigError("a foreign module has no plan; convert() it")
-        return plan_family(self._checkpoint, self.policy)[0]
+        return self._planned()[0]
 
     def dry_run(self) -> Report:
-        """Return a report of the sizes the file would have, without reading weights; no errors."""
+        """Return a report of the sizes the file would have, without errors.
+
+        Weights are read only where a budget or sensitive="auto" must be solved first.
+        """
         if self._checkpoint is None:
             raise ConfigError("a foreign module has no plan; convert() it")
         report = Report()
-        planned, report.notes = plan_family(self._checkpoint, self.policy)
+        planned, report.notes = self._planned()
+        report.allocation = self._allocation
         for item in planned:
             stored = self._checkpoint.read(item.name)  # mapped, not touched
             report.add(
@@ -170,6 +182,9 @@ class Quantizer:
             )
         else:
             tensors = {name: _owned(stored) for name, stored in self._tensors(progress)}
+            while not self._is_good_enough():
+                self._restart()
+                tensors = {name: _owned(stored) for name, stored in self._tensors(progress)}
             result = QuantizedModel(tensors, metadata, self.report)
         metadata.report = self.report.to_json()
         metadata.certificate = self._certificate()
@@ -195,14 +210,18 @@ class Quantizer:
             metadata.certificate = self._certificate()
 
         _write(path, tensors(), metadata, num_tensors=len(self.plan()))
+        while not self._is_good_enough():
+            self._restart()
+            _write(path, tensors(), metadata, num_tensors=len(self.plan()))
         if progress:
             sys.stdout.write(f"{self.report}\n")
         return self.report
 
     def _tensors(self, progress: bool) -> Iterator[tuple[str, Stored]]:
         assert self._checkpoint is not None
-        planned, notes = plan_family(self._checkpoint, self.policy)
+        planned, notes = self._planned()
         self.report.notes += notes
+        self.report.allocation = self._allocation
         sequences: list[list[int]] = []
         evaluation: list[list[int]] = []
         if any(item.format is not None and not item.format.is_plain for item in planned):
@@ -214,6 +233,114 @@ class Quantizer:
             measured = Evaluation(self._checkpoint, evaluation, self._device)
             tensors = _then(measured.watch(tensors), lambda: self._certify(measured))
         return _with_bar(tensors, len(planned)) if progress else tensors
+
+    def _planned(self) -> tuple[list[PlannedTensor], list[str]]:
+        """Return the plan with its notes, once solved the same in every run."""
+        assert self._checkpoint is not None
+        if self._plan is None:
+            planned, notes = plan_family(self._checkpoint, self.policy)
+            self._allocation = {}
+            if self.budget is not None or self._keeps_sensitive:
+                sequences, _ = self._calibration_tokens()
+                if not sequences:
+                    raise ConfigError(
+                        'a budget and sensitive="auto" need calibration data; leave calibration '
+                        "at 'self' or give some"
+                    )
+                free = [i.name for i in planned if is_free(i) and not self.policy.pins(i.name)]
+                units = measure_units(self._checkpoint, free, sequences, self._device)
+                if self._keeps_sensitive:
+                    planned, kept = keep_sensitive(planned, units)
+                    notes.append(f"sensitive, kept in fp16: {', '.join(kept) or 'none'}")
+                    units = [u for u in units if not set(u.names) & set(kept)]
+                if self.budget is not None:
+                    self._units, self._max_loss = units, self.budget.max_kl
+                    planned = self._allocate(planned, notes)
+            self._plan = planned, notes
+        return self._plan[0], list(self._plan[1])
+
+    def _allocate(self, planned: list[PlannedTensor], notes: list[str]) -> list[PlannedTensor]:
+        """Return the plan with the formats that fit the budget best."""
+        assert self._checkpoint is not None
+        assert self.budget is not None
+        chosen = {name for unit in self._units for name in unit.names}
+        read = self._checkpoint.read
+        fixed = sum(
+            item.format.nbytes(item.shape) if item.format else read(item.name).nbytes
+            for item in planned
+            if item.name not in chosen
+        )
+        max_bytes = self.budget.bytes
+        if self.budget.bits_per_weight is not None:
+            count = sum(torch.Size(item.shape).numel() for item in planned)
+            max_bytes = int(self.budget.bits_per_weight * count / 8)
+        solution = solve(self._units, fixed, max_bytes=max_bytes, max_loss=self._max_loss)
+        formats = {
+            name: option.format
+            for unit, option in zip(self._units, solution.options, strict=True)
+            for name in unit.names
+        }
+        self._allocation = {
+            "bytes": solution.num_bytes,
+            "max_bytes": max_bytes,
+            "predicted_kl": solution.loss,
+            "frontier": [[size, loss] for size, loss in solution.frontier],
+            "units": [
+                {
+                    "names": list(unit.names),
+                    "options": [
+                        [str(o.format) if o.format else "kept", o.num_bytes, o.loss]
+                        for o in unit.options
+                    ],
+                }
+                for unit in self._units
+            ],
+        }
+        return [
+            replace(item, format=formats[item.name]) if item.name in formats else item
+            for item in planned
+        ]
+
+    def _is_good_enough(self) -> bool:
+        """Tell whether the measured figures meet the budget's limits, if it has any."""
+        limits = self.budget
+        if limits is None or (limits.max_kl is None and limits.min_top1 is None):
+            return True
+        if not self.certificate:
+            raise ConfigError(
+                "max_kl and min_top1 are checked by measuring, which needs calibration data kept "
+                "apart for it: give 10 sequences or more, or leave calibration at 'self'"
+            )
+        kl, top1 = self.certificate["kl_mean"], self.certificate["same_top1"]
+        return (limits.max_kl is None or kl <= limits.max_kl) and (
+            limits.min_top1 is None or top1 >= limits.min_top1
+        )
+
+    def _restart(self) -> None:
+        """Promote the weights that cost most, so that the next run loses less.
+
+        Raises:
+            ConfigError: a size limit forbids it, or everything is promoted already.
+        """
+        assert self.budget is not None
+        assert self._plan is not None
+        kl, top1 = self.certificate["kl_mean"], self.certificate["same_top1"]
+        found = f"KL mean {kl:.4g}, same top token {100 * top1:.2f} %"
+        if self.budget.max_kl is None:
+            raise ConfigError(f"min_top1 cannot be met within the size budget: {found}")
+        before, notes = self._plan
+        loss = self._allocation["predicted_kl"]
+        if not loss > 0:
+            raise ConfigError(f"the limits cannot be met even with the weights kept: {found}")
+        self._max_loss = 0.7 * loss * min(1.0, self.budget.max_kl / max(kl, 1e-30))
+        after = self._allocate(before, notes)
+        if after == before:  # the next smaller choice, whatever it gains
+            self._max_loss = 0.0
+            after = self._allocate(before, notes)
+        names = [a.name for a, b in zip(after, before, strict=True) if a.format != b.format]
+        notes.append(f"promoted to meet the limits ({found}): {', '.join(names)}")
+        self._plan = after, notes
+        self.report = Report()
 
     def _certificate(self) -> dict[str, Any]:
         """Return what the file says of its origin and of the model's answers."""

@@ -40,6 +40,7 @@ class Report:
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
 
     def add(
         self,
@@ -122,6 +123,7 @@ class Report:
             "choices": self.choices,
             "calibration": self.calibration,
             "quality": self.quality,
+            "allocation": self.allocation,
             "notes": self.notes,
         }
 
@@ -164,6 +166,8 @@ def render_report(report: dict[str, Any]) -> str:
     if after:
         lines.append(f"{before / after:.2f} times smaller")
     lines += _chosen(report.get("choices", {}))
+    if report.get("allocation"):
+        lines.append(_allocated(report["allocation"]))
     if report.get("quality"):
         lines += _measured(report["quality"])
     return "\n".join(lines + [f"note: {note}" for note in report["notes"]])
@@ -202,3 +206,13 @@ def _measured(figures: dict[str, Any]) -> list[str]:
     if figures["near_noise"]:
         lines.append("the KL is within three noise floors: indistinguishable by this measure")
     return lines
+
+
+def _allocated(allocation: dict[str, Any]) -> str:
+    """Return what the budget's solution promised."""
+    limit = allocation["max_bytes"]
+    within = f" of {format_bytes(limit)}" if limit else ""
+    return (
+        f"budget: {format_bytes(allocation['bytes'])}{within}, predicted KL "
+        f"{allocation['predicted_kl']:.3g}; frontier of {len(allocation['frontier'])} choices"
+    )

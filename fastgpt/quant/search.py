@@ -92,9 +92,12 @@ def choose(weight: Tensor, fmt: Format, stats: InputStats | None, name: str) -> 
     )
 
 
-def output_error(weight: Tensor, stored: QuantizedTensor | Tensor, stats: InputStats) -> float:
+def output_error(
+    weight: Tensor, stored: QuantizedTensor | Tensor, stats: InputStats | None
+) -> float:
     """Return the relative squared error of a stored weight's output on held-out inputs."""
-    gram = stats.held_out_gram()
+    has_inputs = stats is not None and stats.num_held_out
+    gram = stats.held_out_gram() if stats is not None and has_inputs else None
     value = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.float()
     rows = weight.float()
     return _energy(value - rows, gram) / max(_energy(rows, gram), 1e-30)

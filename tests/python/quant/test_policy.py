@@ -115,7 +115,7 @@ def test_policy_presets_parse(name: str):
         ({"overrides": {"(": "fp8"}}, "no regular expression"),
         ({"overrides": {"lm_hed": "fp8"}}, "did you mean"),
         ({"overrides": {r"mlp\.gate\.": "fp8"}}, "only protected"),
-        ({"sensitive": "auto"}, "not available"),
+        ({"sensitive": "auto"}, "an argument of Quantizer"),
         ({"sensitive": ["down_prj"]}, "did you mean 'down_proj'"),
         ({"sensitive": ["layers.7"]}, "matches no parameter"),
         ({"sensitive": [3]}, "list of names"),

@@ -157,7 +157,9 @@ def test_quantizer_dry_run_states_the_sizes_of_the_file(directory):
 
 def test_quantizer_mistakes_are_named(reference, directory, tmp_path):
     with pytest.raises(ConfigError, match="budget"):
-        Quantizer(directory, budget="4.5bpw")
+        Quantizer(directory, budget=[4.5])
+    with pytest.raises(ConfigError, match="need calibration data"):
+        Quantizer(directory, budget="4.5bpw", calibration=None).convert(progress=False)
     with pytest.raises(ConfigError, match="calibration"):
         Quantizer(directory, calibration="text.txt")
     with pytest.raises(ConfigError, match=r"expected an nn\.Module or a path"):

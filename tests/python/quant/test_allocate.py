@@ -1,0 +1,136 @@
+"""Budgets: the knapsack against every combination, sizes met, limits kept, mistakes named."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt.errors import ConfigError
+from fastgpt.quant import Budget, Calibration, Quantizer
+from fastgpt.quant.allocate import Option, Unit, solve, unit_of
+from fastgpt.scheme import Format
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from tiny_models import CASES, reference_model
+
+TOKENS = Calibration(num_sequences=16, num_evaluation=4, length=48)
+CONFIG = {"attention_weights": "int4", "residual_connections": "int4", "io_layers": "fp16"}
+
+
+def random_units(seed: int, count: int = 6) -> list[Unit]:
+    generator = torch.Generator().manual_seed(seed)
+    units = []
+    for i in range(count):
+        weight = float(torch.rand((), generator=generator)) + 0.1
+        size = int(torch.randint(50, 500, (), generator=generator))
+        options = tuple(
+            Option(Format("bf16"), size * bits, weight * 4.0**-bits) for bits in (2, 3, 4, 8)
+        )
+        units.append(Unit((f"{i}",), options))
+    return units
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_solve_is_near_the_best_of_all_combinations(seed: int):
+    units = random_units(seed)
+    combinations = [
+        (100 + sum(o.num_bytes for o in pick), sum(o.loss for o in pick))
+        for pick in itertools.product(*(unit.options for unit in units))
+    ]
+    smallest, largest = min(combinations)[0], max(combinations)[0]
+    for share in (0.2, 0.5, 0.9):
+        limit = smallest + share * (largest - smallest)
+        best = min(loss for size, loss in combinations if size <= limit)
+        solution = solve(units, 100, max_bytes=limit, max_loss=None)
+        assert solution.num_bytes <= limit
+        assert solution.num_bytes == 100 + sum(o.num_bytes for o in solution.options)
+        assert best <= solution.loss * (1 + 1e-9) <= 1.5 * best + 1e-9
+    losses = [loss for _, loss in solution.frontier]
+    assert losses == sorted(losses, reverse=True)
+    assert [size for size, _ in solution.frontier] == sorted(s for s, _ in solution.frontier)
+
+
+def test_solve_meets_a_loss_with_few_bytes():
+    units = random_units(3)
+    whole = solve(units, 0, max_bytes=None, max_loss=0.0)
+    some = solve(units, 0, max_bytes=None, max_loss=0.05)
+    assert some.loss <= 0.05
+    assert some.num_bytes < whole.num_bytes
+    with pytest.raises(ConfigError, match="the smallest choice takes"):
+        solve(units, 0, max_bytes=10, max_loss=None)
+
+
+def test_units_are_what_kernels_join():
+    layer = "model.layers.3"
+    attention = [f"{layer}.self_attn.{n}_proj.weight" for n in "qkv"]
+    assert len({unit_of(name) for name in attention}) == 1
+    assert unit_of(f"{layer}.mlp.gate_proj.weight") == unit_of(f"{layer}.mlp.up_proj.weight")
+    assert unit_of(f"{layer}.mlp.gate_proj.weight") != unit_of(f"{layer}.mlp.down_proj.weight")
+    experts = [f"{layer}.mlp.experts.{e}.{n}_proj.weight" for e in (0, 11) for n in ("up", "gate")]
+    assert len({unit_of(name) for name in experts}) == 1
+
+
+@pytest.fixture(scope="module", params=["qwen2", "v3"])
+def reference(request):
+    return reference_model(CASES[request.param].hf_config)
+
+
+def test_budget_of_bytes_is_met_and_spent_where_it_counts(reference):
+    plain = Quantizer(reference, CONFIG, calibration=TOKENS)
+    plain.convert(progress=False)
+    # One byte in twenty more than the smallest choice, for matrices of 80 to 130 columns.
+    limit = int(plain.report.after_bytes * 1.05)
+    quantizer = Quantizer(reference, CONFIG, calibration=TOKENS, budget=Budget(bytes=limit))
+    quantizer.convert(progress=False)
+    assert 0.97 * limit <= quantizer.report.after_bytes <= limit
+    allocation = quantizer.report.to_json()["allocation"]
+    assert allocation["predicted_kl"] < allocation["frontier"][0][1]
+    assert len({row["format"] for row in quantizer.report.to_json()["rows"]}) > 2
+    assert quantizer.certificate["kl_mean"] < plain.certificate["kl_mean"] * 1.02
+
+
+def test_budget_of_loss_is_met_by_promotion(reference):
+    plain = Quantizer(reference, CONFIG, calibration=TOKENS)
+    plain.convert(progress=False)
+    limit = plain.certificate["kl_mean"] / 3
+    quantizer = Quantizer(reference, CONFIG, calibration=TOKENS, budget=Budget(max_kl=limit))
+    quantizer.convert(progress=False)
+    assert quantizer.certificate["kl_mean"] <= limit
+    assert quantizer.report.after_bytes > plain.report.after_bytes
+    assert quantizer.report.after_bytes < plain.report.before_bytes
+
+
+def test_sensitive_auto_names_what_it_keeps():
+    config = CASES["qwen2"].hf_config
+    deep = config.__class__(**{**config.to_dict(), "num_hidden_layers": 12, "layer_types": None})
+    reference = reference_model(deep)
+    quantizer = Quantizer(reference, CONFIG, calibration=TOKENS, sensitive="auto")
+    planned = quantizer.plan()
+    kept = [i.name for i in planned if i.format == Format("fp16") and ".layers." in i.name]
+    notes = quantizer.dry_run().notes
+    assert kept
+    assert all(any(name in note for note in notes) for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "names one of bytes"),
+        ({"bytes": 5, "max_kl": 0.1}, "names 2"),
+        ({"max_kl": 0.0}, "not possible"),
+        ({"bytes": 10, "min_top1": 2}, "share between 0 and 1"),
+    ],
+)
+def test_budget_mistakes_are_named(options, message: str):
+    with pytest.raises(ConfigError, match=message):
+        Budget(**options)
+
+
+def test_budget_parses_what_people_write():
+    assert Budget.parse("4.7GB").bytes == 4_700_000_000
+    assert Budget.parse("4.5bpw").bits_per_weight == 4.5
+    assert Budget.parse(1000).bytes == 1000
+    with pytest.raises(ConfigError, match="is no number"):
+        Budget.parse("manybpw")
