@@ -31,17 +31,18 @@ __all__ = [
 ]
 
 PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-AVAILABLE_FORMATS = (*PLAIN_DTYPES, "fp8", "int4", "binary")
+AVAILABLE_FORMATS = (*PLAIN_DTYPES, "fp8", "int4", "int3", "int2", "binary")
 KNOWN_FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int3", "int2", "binary")
 
 # Of integer formats with groups; the first is the default.
 ALGORITHMS = ("auto", "rtn", "clip", "gptq")
 
 BLOCK = 128  # rows and columns of one fp8 block scale
-_GROUP_BITS = {"int4": 4}
-_INT4_GROUP_SIZES = (32, 64, 128)
+_GROUP_BITS = {"int4": 4, "int3": 3, "int2": 2}
+# Fewer bits repay smaller groups, so the default shrinks with them; the first is the default.
+_GROUP_SIZES = {"int4": (128, 32, 64), "int3": (64, 32), "int2": (32, 64)}
 _BINARY_GROUP_SIZE = 128
-_ROW_ALIGNMENT = 16  # packed int4 rows are padded to this many bytes
+_ROW_ALIGNMENT = 16  # packed rows of integers are padded to this many bytes
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
@@ -81,11 +82,11 @@ class Format:
     Attributes:
         name: one of AVAILABLE_FORMATS.
         group_size: values that share one scale along the last dimension (int4: 32, 64 or 128;
-            binary: 128), else None.
-        symmetric: int4 without zero points; always True for other formats.
+            int3, int2: 32 or 64; binary: 128), else None.
+        symmetric: integers without zero points; always True for other formats.
         scale: fp8 only: "channel" (one fp32 per output row) or "block" (one per 128 x 128).
         algorithm: how codes are found, which reading them does not need, so formats that differ in
-            it alone are equal. int4: "auto" (the best of the others by output error on held-out
+            it alone are equal. Integers: "auto" (the best of the others by output error on held-out
             data), "rtn" (round-to-nearest), "clip" (scales of least error) or "gptq"; binary:
             "two_level" (two values per group, residual folded into the next weights) or "naive"
             (sign times mean, nothing folded); else None.
@@ -159,7 +160,7 @@ class Format:
         out: dict[str, Any] = {"format": self.name}
         if self.group_size is not None:
             out["group_size"] = self.group_size
-        if self.name == "int4":
+        if self.has_groups:
             out["symmetric"] = self.symmetric
         if self.scale is not None:
             out["scale"] = self.scale
@@ -170,7 +171,7 @@ class Format:
     def __str__(self) -> str:
         """Return a short name, such as "int4 g128"."""
         text = self.name
-        if self.name == "int4":
+        if self.has_groups:
             text += f" g{self.group_size}" + ("" if self.symmetric else " asymmetric")
         elif self.scale == "block":
             text += " 128x128"
@@ -210,7 +211,7 @@ class Format:
             }
         assert self.group_size is not None
         groups = _ceil_div(cols, self.group_size)
-        row_bytes = _ceil_div(_ceil_div(cols, 2), _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        row_bytes = _ceil_div(_ceil_div(cols * self.bits, 8), _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         parts = {
             "packed": PartSpec(torch.uint8, (*lead, rows, row_bytes)),
             "scale": PartSpec(torch.float16, (*lead, rows, groups)),
@@ -263,7 +264,7 @@ class QuantizedTensor:
         """Return the weight these parts describe, computed in float32 and rounded once to `dtype`.
 
         fp8:    x = e4m3(code) * scale
-        int4:   x = (code - zero_point) * scale
+        int4, int3, int2: x = (code - zero_point) * scale
         binary: x = offset + (bit ? scale : -scale)
         """
         if self.format.has_groups:
@@ -330,10 +331,11 @@ def _with_options(name: str, options: dict[str, Any], where: str) -> Format:
     defaults: dict[str, tuple[Any, ...]] = {}  # option -> (default, other allowed values ...)
     if name == "fp8":
         defaults = {"scale": ("channel", "block"), "symmetric": (True,)}
-    elif name == "int4":
+    elif name in _GROUP_BITS:
+        # Two bits on a symmetric grid are three values; zero points buy the fourth.
         defaults = {
-            "group_size": (128, *_INT4_GROUP_SIZES),
-            "symmetric": (True, False),
+            "group_size": _GROUP_SIZES[name],
+            "symmetric": (True, False) if name != "int2" else (False, True),
             "algorithm": ALGORITHMS,
         }
     elif name == "binary":

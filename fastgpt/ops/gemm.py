@@ -20,7 +20,8 @@ __all__ = ["ArrangedWeight", "arrange", "batched_linear", "grouped_linear", "lin
 _ops = torch.ops.fastgpt
 
 _DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_FORMATS = (*_DENSE, "fp8", "int4")
+_NARROW = {"int3": 3, "int2": 2}  # computed as int4, which holds their codes
+_FORMATS = (*_DENSE, "fp8", "int4", *_NARROW)
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, str], Tensor]
 
@@ -79,9 +80,10 @@ def arrange(
         scale: fp8: float32 [n] or [ceil(n / 128), ceil(k / 128)]; int4: float16
             [n, ceil(k / group_size)].
         zero_point: int4 asymmetric: uint8, shape of scale.
-        format: "fp32", "bf16", "fp16", "fp8" or "int4".
-        in_features: k; needed for int4, whose rows are padded.
-        group_size: int4: values that share a scale, even.
+        format: "fp32", "bf16", "fp16", "fp8", "int4", "int3" or "int2". The last two take the
+            memory of int4 and its kernels: their codes are widened here.
+        in_features: k; needed for integers, whose rows are padded.
+        group_size: integers: values that share a scale, even.
         allocate: function of (shape, dtype, suffix) that returns an uninitialized tensor on the
             weight's device, suffix "packed", "scale" or "zero_point"; default torch.empty.
 
@@ -91,6 +93,11 @@ def arrange(
     """
     if format not in _FORMATS:
         raise UnsupportedFormat(f"format {format!r} has no linear kernel; it has {_FORMATS}")
+    if format in _NARROW:
+        if in_features is None:
+            raise InvalidArgument(f"in_features is missing; {format} rows are padded, so pass k")
+        weight = _widen(weight, in_features, _NARROW[format], zero_point is None)
+        format = "int4"
     kind = "dense" if format in _DENSE else format
     if kind == "dense" and weight.dtype != _DENSE[format]:
         raise InvalidArgument(f"weight is {weight.dtype}; format {format} stores {_DENSE[format]}")
@@ -137,6 +144,31 @@ def arrange(
         out_scale,
         out_zero_point,
     )
+
+
+def _widen(packed: Tensor, cols: int, bits: int, symmetric: bool) -> Tensor:
+    """Return rows of 2- or 3-bit codes as rows of int4 codes that mean the same.
+
+    A symmetric code moves from zero at 2^(bits - 1) to zero at 8; others keep their zero points.
+    """
+    if packed.dtype != torch.uint8 or packed.shape[-1] != _ceil_div(cols * bits, 128) * 16:
+        raise InvalidArgument(
+            f"weight is {packed.dtype} of shape {tuple(packed.shape)}; expected uint8 with rows of "
+            f"{_ceil_div(cols * bits, 128) * 16} bytes for {cols} codes of {bits} bits"
+        )
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = (packed.unsqueeze(-1) >> places & 1).flatten(-2)[..., : cols * bits]
+    shifted = stream.unflatten(-1, (cols, bits)) << places[:bits]
+    codes = shifted.sum(-1, dtype=torch.uint8)
+    if symmetric:
+        codes += 8 - 2 ** (bits - 1)
+    # Kernels never multiply what pads a row, so any code may stand there.
+    codes = torch.nn.functional.pad(codes, (0, _ceil_div(cols, 32) * 32 - cols), value=8)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _run(name: str, x: Tensor, weight: Tensor | ArrangedWeight, *rest: Any) -> None:

@@ -46,6 +46,7 @@ __all__ = [
 OPTIONS = tuple(
     Format.parse(value)
     for value in (
+        {"format": "int3", "symmetric": False},
         {"format": "int4"},
         {"format": "int4", "symmetric": False, "group_size": 64},
         {"format": "int4", "symmetric": False, "group_size": 32},

@@ -35,6 +35,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "io_layers": "fp16",
         "default": "fp8",
     },
+    "int3": {
+        "attention_weights": {"format": "int3", "symmetric": False},
+        "residual_connections": {"format": "int3", "symmetric": False},
+        "io_layers": "fp16",
+        "default": {"format": "int3", "symmetric": False},
+    },
     "int4": {
         "attention_weights": "int4",
         "residual_connections": "int4",

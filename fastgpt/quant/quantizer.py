@@ -26,6 +26,7 @@ from fastgpt.quant.report import Report
 from fastgpt.quant.search import is_searched
 from fastgpt.quant.sources import TextFiles, module_checkpoint, open_source, text_of_module
 from fastgpt.quant.verify import checkpoint_sha256
+from fastgpt.scheme import Format
 
 __all__ = ["QuantizedModel", "Quantizer"]
 
@@ -265,11 +266,14 @@ class Quantizer:
         assert self.budget is not None
         chosen = {name for unit in self._units for name in unit.names}
         read = self._checkpoint.read
-        fixed = sum(
-            item.format.nbytes(item.shape) if item.format else read(item.name).nbytes
-            for item in planned
-            if item.name not in chosen
-        )
+        fixed = 0
+        for item in planned:
+            if item.name in chosen:
+                continue
+            size = item.format.nbytes(item.shape) if item.format else read(item.name).nbytes
+            # A bias or router that absorbs a scale is stored in float32.
+            grows = item.format is None and item.role == "kept"
+            fixed += max(size, Format("fp32").nbytes(item.shape)) if grows else size
         max_bytes = self.budget.bytes
         if self.budget.bits_per_weight is not None:
             count = sum(torch.Size(item.shape).numel() for item in planned)

@@ -10,6 +10,7 @@ import torch
 
 from fastgpt import ops
 from fastgpt.errors import CheckpointError, ConfigError, InvalidArgument
+from fastgpt.quant.grid import encode, nearest_grid, pack_codes
 from fastgpt.scheme import BLOCK, PLAIN_DTYPES, Format, QuantizedTensor
 
 __all__ = ["binary_residual", "round_in_torch", "round_tensor"]
@@ -47,11 +48,25 @@ def round_tensor(weight: torch.Tensor, fmt: Format, name: str) -> torch.Tensor |
 def round_in_torch(weight: torch.Tensor, fmt: Format, name: str) -> QuantizedTensor:
     """Return what `round_tensor` returns for a quantized format, computed by torch alone."""
     x = weight.to(torch.float32)
+    if fmt.has_groups and fmt.bits < 4:
+        return _round_groups(x, fmt, name)
     rounders = {"fp8": _round_fp8, "int4": _round_int4, "binary": _round_binary}
     try:
         return rounders[fmt.name](x, fmt)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def _round_groups(x: torch.Tensor, fmt: Format, name: str) -> QuantizedTensor:
+    rows = x.reshape(-1, x.shape[-1])
+    try:
+        grid = nearest_grid(rows, fmt)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    codes = encode(rows, grid).clamp_(min=1 if fmt.symmetric else 0)
+    specs = fmt.parts(tuple(x.shape))
+    parts = {k: v.view(specs[k].shape) for k, v in pack_codes(codes, grid, fmt).parts.items()}
+    return QuantizedTensor(fmt, tuple(x.shape), parts)
 
 
 def _round_native(weight: torch.Tensor, fmt: Format, name: str) -> QuantizedTensor:

@@ -276,7 +276,7 @@ FORGERIES = {
     "version-text": (set_version("1"), "never existed"),
     "version-bool": (set_version(True), "never existed"),
     "unknown-format": (in_tensor("a.weight", format={"format": "fp9"}), "unknown format 'fp9'"),
-    "later-format": (in_tensor("a.weight", format={"format": "int3"}), "does not compute"),
+    "later-format": (in_tensor("a.weight", format={"format": "int8"}), "does not compute"),
     "wrong-shape": (in_tensor("a.weight", shape=[130, 5]), "needs"),
     "negative-shape": (in_tensor("g.weight", shape=[-2, -2, 2]), "shape"),
     "wrong-rank": (in_tensor("a.weight", shape=[650]), "cannot be used"),

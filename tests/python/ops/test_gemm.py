@@ -274,8 +274,8 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         ops.linear(x, weight, torch.zeros(3, device=device))
     with pytest.raises(InvalidArgument, match="out is float16"):
         ops.linear(x, weight, out=torch.zeros(2, 4, dtype=torch.float16, device=device))
-    with pytest.raises(UnsupportedFormat, match="int3"):
-        ops.arrange(weight, format="int3")
+    with pytest.raises(UnsupportedFormat, match="int8"):
+        ops.arrange(weight, format="int8")
     with pytest.raises(InvalidArgument, match="in_features is missing"):
         ops.arrange(torch.zeros(4, 16, dtype=torch.uint8, device=device), format="int4")
 

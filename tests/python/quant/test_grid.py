@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt.errors import ConfigError
+from fastgpt import ops
+from fastgpt.errors import ConfigError, InvalidArgument
 from fastgpt.quant.gptq import gptq_codes
 from fastgpt.quant.grid import clipped_grid, encode, nearest_grid, pack_codes, unpack_codes
 from fastgpt.quant.rounding import round_tensor
@@ -12,6 +13,12 @@ from fastgpt.scheme import Format
 
 SYM, ASYM = {"format": "int4"}, {"format": "int4", "symmetric": False}
 ASYM64 = {**ASYM, "group_size": 64}
+NARROW = [
+    {"format": f"int{bits}", "symmetric": symmetric, "group_size": group_size}
+    for bits in (2, 3)
+    for symmetric in (True, False)
+    for group_size in (32, 64)
+]
 
 
 def synthetic(kind: str) -> torch.Tensor:
@@ -151,3 +158,61 @@ def test_gptq_takes_a_matrix_that_is_not_positive():
     assert bool(torch.isfinite(value).all())
     nearest = grid.values(encode(weight, grid))
     assert float(((value - weight) @ x.T).norm()) < float(((nearest - weight) @ x.T).norm())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "student", "outliers"])
+def test_int2_search_reaches_the_reference_error(kind: str):
+    """At most 5 % above an independent search of asymmetric 2-bit groups of 64."""
+    percent = {"gaussian": 12.7, "student": 16.8, "outliers": 13.2}[kind]
+    x, fmt = synthetic(kind), Format.parse({"format": "int2", "group_size": 64})
+    grid = clipped_grid(x, fmt)
+    error = ((grid.values(encode(x, grid)) - x) ** 2).sum() / (x**2).sum()
+    assert 100 * float(error) <= 1.05 * percent
+
+
+@pytest.mark.parametrize("value", NARROW, ids=str)
+@pytest.mark.parametrize("cols", [1, 33, 64, 130])
+def test_narrow_codes_survive_packing(value, cols: int):
+    fmt = Format.parse(value)
+    x = torch.randn(5, cols, generator=torch.Generator().manual_seed(21))
+    grid = clipped_grid(x, fmt)
+    codes = encode(x, grid)
+    stored = pack_codes(codes, grid, fmt)
+    assert stored.parts["packed"].shape[1] % 16 == 0
+    assert torch.equal(stored.codes(), codes)
+    assert torch.equal(stored.dequantize(), grid.values(codes))
+
+
+@pytest.mark.parametrize("value", NARROW, ids=str)
+@pytest.mark.parametrize("cols", [1, 33, 130])
+def test_narrow_products_are_those_of_the_stored_values(value, cols: int):
+    """The kernels' int4 layout holds exactly the codes of narrower formats, odd shapes too."""
+    fmt = Format.parse(value)
+    generator = torch.Generator().manual_seed(22)
+    weight, x = (
+        torch.randn(37, cols, generator=generator),
+        torch.randn(4, cols, generator=generator),
+    )
+    stored = round_tensor(weight, fmt, "w")
+    arranged = ops.arrange(
+        stored.parts["packed"],
+        stored.parts["scale"],
+        stored.parts.get("zero_point"),
+        format=fmt.name,
+        in_features=cols,
+        group_size=fmt.group_size,
+    )
+    expected = x.double() @ stored.dequantize().double().T
+    error = (ops.linear(x, arranged).double() - expected).abs().max()
+    assert float(error) < 1e-5 * cols**0.5  # float32 sums
+
+
+def test_narrow_weights_of_another_width_are_refused():
+    with pytest.raises(InvalidArgument, match="expected uint8 with rows of 32 bytes"):
+        ops.arrange(
+            torch.zeros(2, 16, dtype=torch.uint8),
+            torch.ones(2, 2, dtype=torch.float16),
+            format="int3",
+            in_features=64,
+            group_size=32,
+        )

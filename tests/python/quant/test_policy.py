@@ -132,5 +132,5 @@ def test_policy_errors_name_the_fix(config, message: str):
 
 
 def test_policy_later_format_is_unsupported():
-    with pytest.raises(UnsupportedFormat, match="residual_connections asks for int3"):
-        Policy.parse({"residual_connections": "int3"})
+    with pytest.raises(UnsupportedFormat, match="residual_connections asks for int8"):
+        Policy.parse({"residual_connections": "int8"})
