@@ -21,8 +21,8 @@ ENVIRONMENT := $(VENV)/.installed
 endif
 
 .PHONY: demo test test-all test-cpp build lint format clean platform
-demo: export PYTHONPATH := $(CURDIR)
-test test-all: export PYTHONPATH := $(CURDIR)
+demo: export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
+test test-all: export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
 
 platform:
 	@$(PYTHON) .ci/check_platform.py
