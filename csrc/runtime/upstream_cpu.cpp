@@ -19,15 +19,19 @@ namespace {
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kPage = 4096;
 
+/// What can be had without swapping. A virtual machine whose memory grows with use may name no
+/// MemAvailable, or 0: then the free pages.
 std::size_t available_bytes() {
+  const std::size_t free_bytes =
+      std::size_t(sysconf(_SC_AVPHYS_PAGES)) * std::size_t(sysconf(_SC_PAGESIZE));
   std::ifstream meminfo("/proc/meminfo");
   std::string key;
   std::size_t kib = 0;
   std::string unit;
   while (meminfo >> key >> kib && std::getline(meminfo, unit)) {
-    if (key == "MemAvailable:") return kib << 10;
+    if (key == "MemAvailable:") return std::max(free_bytes, kib << 10);
   }
-  return 0;
+  return free_bytes;
 }
 
 /// One point in a stream's work, reached once.
