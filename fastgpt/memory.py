@@ -1,10 +1,11 @@
 """The memory pool: one owner for weights, KV cache and workspaces, under one budget."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ __all__ = ["GPTMemoryPool", "PoolEntry", "PoolStats", "device_memory"]
 
 _CONTENTS = {"undefined": 0, "zero": 1, "keep": 2}
 _HANDLE_BYTES = 64 << 20
+_SWAP_HANDLE_BYTES = 16 << 20  # memory leaves in whole handles: smaller ones follow layers closer
 _DEFAULT_BUDGET = "0.9"  # of what is free when the pool is made
 
 
@@ -46,6 +48,9 @@ class PoolStats:
         num_blocks: live blocks; num_allocations: ever.
         num_upstream_calls: driver calls for memory.
         num_stream_waits, num_event_records: for reuse on another stream.
+        host_bytes: host memory that holds evicted and frozen entries.
+        num_evictions, num_clean_evictions: ever; clean ones copied nothing.
+        num_restores: ever.
         fragmentation: 1 - peak requested / peak reserved.
         fragmentation_now: (rounding + scattered) / reserved.
     """
@@ -72,6 +77,10 @@ class PoolStats:
     num_upstream_calls: int
     num_stream_waits: int
     num_event_records: int
+    host_bytes: int
+    num_evictions: int
+    num_clean_evictions: int
+    num_restores: int
     fragmentation: float
     fragmentation_now: float
 
@@ -83,11 +92,12 @@ class PoolStats:
 
 @dataclass(frozen=True)
 class PoolEntry:
-    """One named buffer: its size and how many tensors hold it."""
+    """One named buffer: its size, how many tensors hold it, and whether it is in host memory."""
 
     name: str
     num_bytes: int
     num_leases: int
+    is_evicted: bool
 
 
 def device_memory(device: torch.device | str) -> tuple[int, int]:
@@ -123,6 +133,8 @@ class GPTMemoryPool:
         budget: limit of the bytes held from the device: an int, "24GB", "24GiB", "0.9" (of what is
             free now) or "-2GiB" (free minus that). None = "0.9". A budget above what is free is
             lowered to 0.9 of it.
+        host_budget: limit of the host memory for evicted entries, in the same forms; then the pool
+            evicts before it reports OutOfMemory. None: nothing is evicted.
 
     Raises:
         InvalidArgument: for another device or an unreadable budget.
@@ -135,7 +147,13 @@ class GPTMemoryPool:
     True
     """
 
-    def __init__(self, device: torch.device | str, budget: int | str | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | str,
+        budget: int | str | None = None,
+        *,
+        host_budget: int | str | None = None,
+    ) -> None:
         self.device = torch.device(device)
         index = _cuda_index(self.device)
         if index >= 0:
@@ -144,7 +162,11 @@ class GPTMemoryPool:
         self.budget_bytes = resolve_bytes(_DEFAULT_BUDGET if budget is None else budget, free)
         if self.budget_bytes > free:
             self.budget_bytes = int(0.9 * free)
-        self._pool = _C.MemoryPool(index, self.budget_bytes, _HANDLE_BYTES)
+        host_bytes = 0
+        if host_budget is not None:
+            host_bytes = resolve_bytes(host_budget, device_memory("cpu")[0])
+        handle_bytes = _HANDLE_BYTES if host_budget is None else _SWAP_HANDLE_BYTES
+        self._pool = _C.MemoryPool(index, self.budget_bytes, handle_bytes, host_bytes)
         self._pid = os.getpid()
 
     def allocate(
@@ -201,6 +223,130 @@ class GPTMemoryPool:
             InvalidArgument: if the pool has no such name.
         """
         self._pool.free(layer_name, self._stream())
+
+    def pin(self, layer_name: str) -> None:
+        """Keep an entry on the device until unpin; counts. CUDA graphs need their entries pinned.
+
+        Raises:
+            InvalidArgument: if the pool has no such name, or it is evicted.
+        """
+        self._pool.pin(layer_name)
+
+    def unpin(self, layer_name: str) -> None:
+        """End one pin. Raises InvalidArgument if the entry is not pinned."""
+        self._pool.unpin(layer_name)
+
+    @contextmanager
+    def lease(self, *layer_names: str) -> Iterator[None]:
+        """Keep entries on the device within a `with` block, bringing back those that are evicted.
+
+        Work on the stream that is current at entry waits for the copies; the host does not.
+
+        Raises:
+            InvalidArgument: if the pool lacks a name.
+            OutOfMemory: if there is no room to bring one back.
+        """
+        held = []
+        stream = self._stream()
+        try:
+            for name in layer_names:
+                self._pool.acquire(name, stream)
+                held.append(name)
+            yield
+        finally:
+            for name in held:
+                self._pool.release(name, self._stream())
+
+    def set_schedule(self, layer_names: Sequence[str]) -> None:
+        """Name the entries that are used in this order, again and again, each within `lease`.
+
+        Only these may leave while tensors hold them: touching such a tensor outside `lease` is an
+        invalid access. When room is needed, the entry whose next use is farthest leaves first.
+
+        Raises:
+            InvalidArgument: if a name is missing or repeated.
+        """
+        self._pool.set_schedule(list(layer_names))
+
+    def evict(self, layer_name: str) -> None:
+        """Move an entry to host memory; its address stays its own. Returns when that is done.
+
+        Raises:
+            InvalidArgument: if the pool was made without host_budget, or the entry is pinned,
+                leased, or held by tensors and not in the schedule.
+            OutOfMemory: if the host budget has no room.
+        """
+        self._pool.evict(layer_name)
+
+    def restore(self, layer_name: str) -> None:
+        """Start to bring an entry back; work on the current stream waits for it."""
+        self._pool.restore(layer_name, self._stream())
+
+    def freeze(self, layer_name: str) -> None:
+        """Promise that nobody writes to an entry until thaw: evicting it again copies nothing."""
+        self._pool.freeze(layer_name)
+
+    def thaw(self, layer_name: str) -> None:
+        """End freeze."""
+        self._pool.thaw(layer_name)
+
+    def record_use(self, tensor: Tensor, stream: "torch.cuda.Stream | None" = None) -> None:
+        """Say that another stream uses a tensor: whoever gets its memory next waits for that.
+
+        Args:
+            tensor: a tensor of this pool, or any view of one.
+            stream: None: the current stream.
+
+        Raises:
+            InvalidArgument: if the tensor's memory is not of this pool.
+        """
+        handle = self._stream() if stream is None else int(stream.cuda_stream)
+        self._pool.record_use(tensor.untyped_storage().data_ptr(), handle)
+
+    def release_stream(self, stream: "torch.cuda.Stream") -> None:
+        """Forget a stream before it is destroyed."""
+        self._pool.release_stream(int(stream.cuda_stream))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the layout of the pool's memory in the form of torch.cuda.memory._snapshot.
+
+        Pickled to a file, it opens in PyTorch's memory visualiser (pytorch.org/memory_viz).
+        """
+        states = {"live": "active_allocated", "pending": "active_pending_free"}
+        index = self.device.index or 0
+        segments = []
+        for address, num_bytes, blocks in self._pool.snapshot():
+            live = [block for block in blocks if block[3] == "live"]
+            segments.append(
+                {
+                    "device": index,
+                    "address": address,
+                    "total_size": num_bytes,
+                    "allocated_size": sum(block[1] for block in live),
+                    "active_size": sum(b[1] for b in blocks if b[3] in states),
+                    "requested_size": sum(block[2] for block in live),
+                    "stream": 0,
+                    "segment_type": "large",
+                    "segment_pool_id": (0, 0),
+                    "is_expandable": True,
+                    "frames": [],
+                    "blocks": [
+                        {
+                            "address": block_address,
+                            "size": size,
+                            "requested_size": requested,
+                            "state": states.get(state, "inactive"),
+                            "frames": [],
+                        }
+                        for block_address, size, requested, state in blocks
+                    ],
+                }
+            )
+        return {
+            "segments": segments,
+            "device_traces": [[] for _ in range(index + 1)],
+            "allocator_settings": {},
+        }
 
     def __contains__(self, layer_name: str) -> bool:
         return bool(self._pool.contains(layer_name))

@@ -41,12 +41,28 @@ py::capsule to_capsule(std::unique_ptr<Lease> lease, const Upstream& upstream) {
 
 void* as_stream(std::uintptr_t stream) { return reinterpret_cast<void*>(stream); }
 
+std::shared_ptr<LayerCache> make_cache(int cuda_device, std::size_t budget_bytes,
+                                       std::size_t handle_bytes, std::size_t host_bytes) {
+  const bool cpu = cuda_device < 0;
+  // The driver takes milliseconds to map while kernels run: one handle stays mapped ahead. On the
+  // host mapping is a promise and costs nothing.
+  const ArenaOptions options{.handle_bytes = handle_bytes, .ahead_bytes = cpu ? 0 : handle_bytes};
+  SwapOptions swap;
+  if (host_bytes > 0) {
+    swap.host = std::make_shared<Arena>(
+        cpu ? make_host_upstream() : make_pinned_upstream(cuda_device), host_bytes);
+    swap.evict_when_full = true;
+  }
+  auto arena = std::make_unique<Arena>(cpu ? make_host_upstream() : make_cuda_upstream(cuda_device),
+                                       budget_bytes, options);
+  return std::make_shared<LayerCache>(std::move(arena), std::move(swap));
+}
+
 class MemoryPool {
  public:
-  MemoryPool(int cuda_device, std::size_t budget_bytes, std::size_t handle_bytes)
-      : cache_(std::make_shared<LayerCache>(std::make_unique<Arena>(
-            cuda_device < 0 ? make_host_upstream() : make_cuda_upstream(cuda_device), budget_bytes,
-            options(cuda_device, handle_bytes)))) {}
+  MemoryPool(int cuda_device, std::size_t budget_bytes, std::size_t handle_bytes,
+             std::size_t host_bytes)
+      : cache_(make_cache(cuda_device, budget_bytes, handle_bytes, host_bytes)) {}
 
   py::capsule allocate(std::size_t bytes, const std::string& name, const std::string& layout,
                        int contents, std::uintptr_t stream) {
@@ -92,6 +108,11 @@ class MemoryPool {
     out["num_upstream_calls"] = s.num_upstream_calls;
     out["num_stream_waits"] = s.num_stream_waits;
     out["num_event_records"] = s.num_event_records;
+    const SwapStats swap = cache_->swap_stats();
+    out["host_bytes"] = swap.host_bytes;
+    out["num_evictions"] = swap.num_evictions;
+    out["num_clean_evictions"] = swap.num_clean_evictions;
+    out["num_restores"] = swap.num_restores;
     out["fragmentation"] = s.fragmentation();
     out["fragmentation_now"] = s.fragmentation_now();
     return out;
@@ -100,10 +121,50 @@ class MemoryPool {
   py::list entries() const {
     py::list out;
     for (const EntryInfo& entry : cache_->entries()) {
-      out.append(py::make_tuple(entry.name, entry.bytes, entry.num_leases));
+      out.append(py::make_tuple(entry.name, entry.bytes, entry.num_leases, entry.is_evicted));
     }
     return out;
   }
+
+  // [(address, bytes, [(address, bytes, requested, state), ...]), ...]
+  py::list snapshot() const {
+    static constexpr const char* kStates[] = {"free", "pending", "live", "lane", "evicted"};
+    std::vector<SegmentInfo> segments;
+    {
+      py::gil_scoped_release release;
+      segments = cache_->arena().snapshot();
+    }
+    py::list out;
+    for (const SegmentInfo& segment : segments) {
+      py::list blocks;
+      for (const BlockInfo& block : segment.blocks) {
+        blocks.append(py::make_tuple(block.address, block.bytes, block.requested_bytes,
+                                     kStates[int(block.kind)]));
+      }
+      out.append(py::make_tuple(segment.address, segment.bytes, blocks));
+    }
+    return out;
+  }
+
+  void pin(const std::string& name) { cache_->pin(name); }
+  void unpin(const std::string& name) { cache_->unpin(name); }
+  void freeze(const std::string& name) { cache_->freeze(name); }
+  void thaw(const std::string& name) { cache_->thaw(name); }
+  void evict(const std::string& name) { cache_->evict(name); }
+  void set_schedule(const std::vector<std::string>& names) { cache_->set_schedule(names); }
+  void acquire(const std::string& name, std::uintptr_t stream) {
+    cache_->acquire(name, as_stream(stream));
+  }
+  void release(const std::string& name, std::uintptr_t stream) {
+    cache_->release(name, as_stream(stream));
+  }
+  void restore(const std::string& name, std::uintptr_t stream) {
+    cache_->restore(name, as_stream(stream));
+  }
+  void record_use(std::uintptr_t data, std::uintptr_t stream) {
+    cache_->record_use_of(reinterpret_cast<void*>(data), as_stream(stream));
+  }
+  void release_stream(std::uintptr_t stream) { cache_->arena().release_stream(as_stream(stream)); }
 
   bool contains(const std::string& name) const { return cache_->contains(name); }
   std::size_t trim() { return cache_->arena().trim(); }
@@ -111,26 +172,33 @@ class MemoryPool {
   void check_integrity() const { cache_->arena().check_integrity(); }
 
  private:
-  // The driver takes milliseconds to map while kernels run: one handle stays mapped ahead. On the
-  // host mapping is a promise and costs nothing.
-  static ArenaOptions options(int cuda_device, std::size_t handle_bytes) {
-    return {.handle_bytes = handle_bytes, .ahead_bytes = cuda_device < 0 ? 0 : handle_bytes};
-  }
-
   std::shared_ptr<LayerCache> cache_;
 };
 
 }  // namespace
 
 void bind_memory(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
   py::class_<MemoryPool>(m, "MemoryPool")
-      .def(py::init<int, std::size_t, std::size_t>(), py::arg("cuda_device"),
-           py::arg("budget_bytes"), py::arg("handle_bytes"))
+      .def(py::init<int, std::size_t, std::size_t, std::size_t>(), py::arg("cuda_device"),
+           py::arg("budget_bytes"), py::arg("handle_bytes"), py::arg("host_bytes"))
       .def("allocate", &MemoryPool::allocate, py::arg("bytes"), py::arg("name"), py::arg("layout"),
            py::arg("contents"), py::arg("stream"))
       .def("free", &MemoryPool::free, py::arg("name"), py::arg("stream"))
       .def("stats", &MemoryPool::stats)
       .def("entries", &MemoryPool::entries)
+      .def("snapshot", &MemoryPool::snapshot)
+      .def("pin", &MemoryPool::pin, no_gil, py::arg("name"))
+      .def("unpin", &MemoryPool::unpin, no_gil, py::arg("name"))
+      .def("freeze", &MemoryPool::freeze, no_gil, py::arg("name"))
+      .def("thaw", &MemoryPool::thaw, no_gil, py::arg("name"))
+      .def("evict", &MemoryPool::evict, no_gil, py::arg("name"))
+      .def("restore", &MemoryPool::restore, no_gil, py::arg("name"), py::arg("stream"))
+      .def("acquire", &MemoryPool::acquire, no_gil, py::arg("name"), py::arg("stream"))
+      .def("release", &MemoryPool::release, no_gil, py::arg("name"), py::arg("stream"))
+      .def("set_schedule", &MemoryPool::set_schedule, no_gil, py::arg("names"))
+      .def("record_use", &MemoryPool::record_use, no_gil, py::arg("data"), py::arg("stream"))
+      .def("release_stream", &MemoryPool::release_stream, no_gil, py::arg("stream"))
       .def("contains", &MemoryPool::contains, py::arg("name"))
       .def("trim", &MemoryPool::trim)
       .def("reset_peaks", &MemoryPool::reset_peaks)

@@ -215,3 +215,118 @@ globals()["kept"] = tensor
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def swapping(request: pytest.FixtureRequest) -> Iterator[GPTMemoryPool]:
+    pool = GPTMemoryPool(request.param, budget="128MiB", host_budget="256MiB")
+    yield pool
+    pool.check_integrity()
+
+
+MIB = 1 << 20
+
+
+def test_pool_evict_restores_the_bytes_at_the_same_address(swapping: GPTMemoryPool) -> None:
+    tensor = swapping.allocate((50 * MIB,), "layer", torch.uint8)
+    tensor.copy_(torch.arange(50 * MIB, dtype=torch.int64).to(torch.uint8))
+    address = tensor.data_ptr()
+    with pytest.raises(InvalidArgument, match="held by 1 tensors"):
+        swapping.evict("layer")
+    del tensor
+    swapping.evict("layer")
+    assert swapping.entries()[0].is_evicted
+    assert swapping.stats().reserved_bytes < 20 * MIB
+    back = swapping.allocate((50 * MIB,), "layer", torch.uint8)
+    assert back.data_ptr() == address
+    assert torch.equal(back.cpu(), torch.arange(50 * MIB, dtype=torch.int64).to(torch.uint8))
+
+
+def test_pool_frozen_entry_is_copied_out_once(swapping: GPTMemoryPool) -> None:
+    swapping.allocate((8 * MIB,), "layer", torch.uint8).fill_(9)
+    swapping.freeze("layer")
+    for _ in range(3):
+        swapping.evict("layer")
+        assert bool((swapping.allocate((8 * MIB,), "layer", torch.uint8) == 9).all())
+    assert swapping.stats().num_clean_evictions == 2
+    swapping.thaw("layer")
+    assert swapping.stats().host_bytes == 0
+
+
+def test_pool_larger_than_its_budget_serves_a_schedule(swapping: GPTMemoryPool) -> None:
+    """Six layers of 32 MiB in 128 MiB, their tensors held as a module holds its weights."""
+    names = [f"layers.{i}" for i in range(6)]
+    weights = []
+    for i, name in enumerate(names):
+        weights.append(swapping.allocate((32 * MIB,), name, torch.uint8).fill_(i))
+        swapping.freeze(name)
+        swapping.set_schedule(names[: i + 1])
+    for _ in range(2):
+        for i, name in enumerate(names):
+            with swapping.lease(name):
+                assert int(weights[i][::4096].sum()) == i * 8192
+    stats = swapping.stats()
+    assert stats.reserved_bytes <= stats.budget_bytes
+    assert stats.num_restores < 12  # the least recently used of six would always be the next
+
+
+def test_pool_pin_and_lease_keep_an_entry_on_the_device(swapping: GPTMemoryPool) -> None:
+    swapping.allocate((MIB,), "layer", torch.uint8)
+    swapping.pin("layer")
+    with pytest.raises(InvalidArgument, match="'layer' is pinned"):
+        swapping.evict("layer")
+    swapping.unpin("layer")
+    with swapping.lease("layer"), pytest.raises(InvalidArgument, match="'layer' is leased"):
+        swapping.evict("layer")
+    swapping.evict("layer")
+    with pytest.raises(InvalidArgument, match="no entry 'other'"), swapping.lease("layer", "other"):
+        pass
+    swapping.evict("layer")  # the failed lease let it go
+
+
+def test_pool_without_host_budget_refuses_to_evict(pool: GPTMemoryPool) -> None:
+    pool.allocate((10,), "layer")
+    with pytest.raises(InvalidArgument, match="no host memory to evict 'layer'"):
+        pool.evict("layer")
+
+
+def test_pool_snapshot_has_the_form_of_torch_and_every_byte(pool: GPTMemoryPool) -> None:
+    held = pool.allocate((1000,), "layer")
+    snapshot = pool.snapshot()
+    stats = pool.stats()
+    assert sum(segment["total_size"] for segment in snapshot["segments"]) == stats.reserved_bytes
+    assert sum(s["allocated_size"] for s in snapshot["segments"]) == stats.allocated_bytes
+    assert sum(s["requested_size"] for s in snapshot["segments"]) == stats.requested_bytes == 4000
+    for segment in snapshot["segments"]:
+        at = segment["address"]
+        for block in segment["blocks"]:
+            assert block["address"] == at
+            assert block["state"] in {"active_allocated", "active_pending_free", "inactive"}
+            at += block["size"]
+        assert at == segment["address"] + segment["total_size"]
+    states = {
+        block["address"]: block["state"] for s in snapshot["segments"] for block in s["blocks"]
+    }
+    assert states[held.data_ptr()] == "active_allocated"
+
+
+def test_pool_stats_identity_holds_after_every_operation(swapping: GPTMemoryPool) -> None:
+    rng = random.Random(3)
+    live: list[torch.Tensor] = []
+    for step in range(300):
+        kind = rng.randrange(5)
+        if kind < 2 or not live:
+            live.append(swapping.allocate((rng.randrange(1, 300_000),), dtype=torch.uint8))
+        elif kind == 2:
+            live.pop(rng.randrange(len(live)))
+        elif kind == 3:
+            swapping.allocate((rng.randrange(1, 20) * MIB,), f"n{step % 3}", torch.uint8)
+        elif f"n{step % 3}" in swapping:
+            swapping.evict(f"n{step % 3}")
+        s = swapping.stats()
+        parts = (
+            s.requested_bytes, s.rounding_bytes, s.pending_bytes, s.returnable_bytes,
+            s.scattered_bytes, s.lane_bytes, s.evicted_bytes,
+        )  # fmt: skip
+        assert s.reserved_bytes == sum(parts)
+        assert s.reserved_bytes <= s.budget_bytes

@@ -1,6 +1,10 @@
-// Level 2 of the memory pool: named buffers that persist between calls.
+// Level 2 of the memory pool: named buffers that persist, and may wait in host memory.
 #pragma once
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -42,6 +46,21 @@ struct EntryInfo {
   std::string name;
   std::size_t bytes;
   int num_leases;
+  bool is_evicted;
+};
+
+struct SwapOptions {
+  std::shared_ptr<Arena> host;   // where evicted entries wait; null: nothing can be evicted
+  bool evict_when_full = false;  // evict before reporting OutOfMemory
+  std::size_t chunk_bytes = std::size_t{8} << 20;  // of one copy
+};
+
+/// What eviction did so far.
+struct SwapStats {
+  std::uint64_t num_evictions = 0;
+  std::uint64_t num_clean_evictions = 0;  // no copy: the host's was still right
+  std::uint64_t num_restores = 0;
+  std::size_t host_bytes = 0;  // held by copies in host memory
 };
 
 /// Names buffers of one arena. Thread-safe. Create with std::make_shared: leases hold the cache.
@@ -50,9 +69,14 @@ struct EntryInfo {
 /// Another layout returns the same memory only when nobody holds a lease; else, or when it does
 /// not fit and cannot grow in place, the name moves to new memory and the old is freed with its
 /// last lease. So two views of one name never disagree about its shape.
+///
+/// An evicted entry keeps its address; restore copies its bytes back to it. Who holds a lease may
+/// touch the memory at any time, so only two kinds of entries are evicted: those without a lease,
+/// and those of the schedule, which their users touch between acquire and release alone.
 class LayerCache : public std::enable_shared_from_this<LayerCache> {
  public:
-  explicit LayerCache(std::unique_ptr<Arena> arena) : arena_(std::move(arena)) {}
+  explicit LayerCache(std::unique_ptr<Arena> arena, SwapOptions swap = {});
+  ~LayerCache();
 
   /// @param name entry to find or make; empty = a buffer of its own that dies with its lease.
   /// @param layout any text that is equal for equal shape and dtype.
@@ -61,15 +85,43 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
                                   const std::string& layout, Contents contents, void* stream);
 
   /// Forget a name; its memory is freed with its last lease.
-  /// @throws InvalidArgument if there is no such entry.
+  /// @throws InvalidArgument if there is no such entry, or it is pinned or acquired.
   void free(const std::string& name, void* stream);
+
+  /// Never evict an entry, until unpin; counts. A CUDA graph pins what it has captured.
+  void pin(const std::string& name);
+  void unpin(const std::string& name);
+
+  /// Make an entry resident for work on `stream` and keep it until release; counts.
+  void acquire(const std::string& name, void* stream);
+  void release(const std::string& name, void* stream);
+
+  /// Say that `stream`, too, uses the resident buffer, named or not, that starts at `data`.
+  void record_use_of(void* data, void* stream);
+
+  /// Promise that nobody writes to an entry until thaw: its copy in host memory stays right, and
+  /// a second eviction copies nothing. allocate with contents other than what is there thaws.
+  void freeze(const std::string& name);
+  void thaw(const std::string& name);
+
+  /// The order, repeating, in which entries are acquired. @throws InvalidArgument if one is
+  /// missing or named twice.
+  void set_schedule(const std::vector<std::string>& names);
+
+  /// Move an entry to host memory; returns when its device memory is free. Evicted: nothing.
+  /// @throws InvalidArgument if it is pinned, acquired, or leased and not in the schedule.
+  void evict(const std::string& name);
+  /// Start to bring an entry back, to the same address; work on `stream` waits for it.
+  void restore(const std::string& name, void* stream);
 
   bool contains(const std::string& name) const;
   std::vector<EntryInfo> entries() const;  // largest first
+  SwapStats swap_stats() const;
   Arena& arena() { return *arena_; }
 
  private:
   friend class Lease;
+  enum class Where { kDevice, kLeaving, kHost, kReturning };
   struct Buffer {
     void* data = nullptr;
     std::size_t bytes = 0;
@@ -77,19 +129,46 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
     void* stream = nullptr;
     int num_leases = 0;
     bool named = false;
+    int num_pins = 0;
+    int num_acquired = 0;
+    int schedule_index = -1;
+    bool is_frozen = false;
+    Where where = Where::kDevice;
+    std::vector<void*> users;   // streams with work on it since it is on the device
+    void* host_data = nullptr;  // its bytes, when evicted, or frozen and once evicted
+    std::size_t host_bytes = 0;
+    Event returned = nullptr;  // after the copy back; null: long ago
   };
+  using Lock = std::unique_lock<std::mutex>;
 
-  void* allocate_or_explain(std::size_t bytes, const std::string& name, void* stream);
+  void* allocate_or_explain(std::size_t bytes, const std::string& name, void* stream, Lock& lock);
   std::unique_ptr<Lease> lease(std::uint64_t id);
   void abandon(std::uint64_t id, void* stream);
-  void release(std::uint64_t id) noexcept;
+  void release_lease(std::uint64_t id) noexcept;
   std::vector<EntryInfo> entries_locked() const;
+  std::uint64_t find(const std::string& name) const;
+  Buffer& settled(std::uint64_t id, Lock& lock);
+  void evict_locked(std::uint64_t id, Lock& lock);
+  void restore_locked(std::uint64_t id, void* stream, Lock& lock);
+  void* allocate_on_host(std::size_t bytes);
+  bool evict_one(Lock& lock);
+  bool may_evict(const Buffer& buffer) const;
+  void use(Buffer& buffer, void* stream);
+  void drop_host_copy(Buffer& buffer);
+  void drop_event(Buffer& buffer);
 
   mutable std::mutex mutex_;
+  std::condition_variable moved_;
   const std::unique_ptr<Arena> arena_;
+  const SwapOptions swap_;
+  void* out_stream_ = nullptr;
+  void* in_stream_ = nullptr;
   std::unordered_map<std::string, std::uint64_t> names_;
   std::unordered_map<std::uint64_t, Buffer> buffers_;
   std::uint64_t next_id_ = 1;
+  int schedule_size_ = 0;
+  int schedule_at_ = 0;  // index after the one acquired last
+  SwapStats swap_stats_;
 };
 
 }  // namespace fastgpt

@@ -1,0 +1,249 @@
+#include "fastgpt/layer_cache.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstring>
+#include <random>
+#include <thread>
+
+#include "fastgpt/fake_upstream.h"
+
+namespace fastgpt {
+namespace {
+
+constexpr std::size_t kUnit = 64 << 10;  // small, so that every failing call can be tried
+
+void* stream(std::uintptr_t id) { return reinterpret_cast<void*>(id); }
+
+/// A device with a budget of 16 units and a host tier, on one fake driver.
+struct Swapping {
+  explicit Swapping(bool evict_when_full, std::size_t host_bytes = 64 * kUnit)
+      : upstream(std::make_shared<FakeUpstream>(
+            FakeUpstream::Options{256 * kUnit, true, kUnit, /*seed=*/5})),
+        host(std::make_shared<Arena>(upstream, host_bytes, ArenaOptions{.handle_bytes = kUnit})),
+        cache(std::make_shared<LayerCache>(
+            std::make_unique<Arena>(upstream, 16 * kUnit, ArenaOptions{.handle_bytes = kUnit}),
+            SwapOptions{host, evict_when_full, /*chunk_bytes=*/56 << 10})) {}
+  ~Swapping() {
+    upstream->run_all();
+    EXPECT_TRUE(upstream->violations().empty()) << upstream->violations().front();
+    cache->arena().check_integrity();
+    host->check_integrity();
+  }
+
+  std::unique_ptr<Lease> make(const std::string& name, std::size_t bytes, std::uint8_t stamp,
+                              void* on) {
+    auto lease = cache->allocate(bytes, name, "u8", Contents::kUndefined, on);
+    upstream->write(lease->data(), bytes, stamp, on);
+    return lease;
+  }
+
+  std::shared_ptr<FakeUpstream> upstream;
+  std::shared_ptr<Arena> host;
+  std::shared_ptr<LayerCache> cache;
+};
+
+TEST(LayerCacheSwapTest, EvictAndRestoreGiveTheSameBytesAtTheSameAddress) {
+  Swapping pool(false);
+  void* const data = pool.make("layer", 5 * kUnit + 123, 7, stream(1))->data();
+  pool.cache->evict("layer");
+  EXPECT_TRUE(pool.cache->entries()[0].is_evicted);
+  EXPECT_LT(pool.cache->arena().stats().reserved_bytes, 2 * kUnit);
+  pool.cache->restore("layer", stream(2));
+  const auto lease =
+      pool.cache->allocate(5 * kUnit + 123, "layer", "u8", Contents::kUndefined, stream(2));
+  EXPECT_EQ(lease->data(), data);
+  pool.upstream->expect(data, 5 * kUnit + 123, 7, stream(2));
+}
+
+TEST(LayerCacheSwapTest, EveryStreamWaitsForTheReturn) {
+  Swapping pool(false);
+  void* const data = pool.make("layer", 4 * kUnit, 7, stream(1))->data();
+  pool.cache->evict("layer");
+  pool.cache->restore("layer", stream(2));
+  pool.cache->acquire("layer", stream(3));
+  pool.upstream->expect(data, 4 * kUnit, 7, stream(3));
+  pool.cache->release("layer", stream(3));
+  pool.cache->restore("layer", stream(4));  // is back already, but not yet for this stream
+  pool.upstream->expect(data, 4 * kUnit, 7, stream(4));
+  pool.cache->evict("layer");  // waits for streams 3 and 4
+  pool.cache->restore("layer", stream(1));
+  pool.upstream->expect(data, 4 * kUnit, 7, stream(1));
+}
+
+TEST(LayerCacheSwapTest, WrittenEntriesAreCopiedAgainFrozenOnesAreNot) {
+  Swapping pool(false);
+  pool.cache->set_schedule({});
+  void* const data = pool.make("layer", 2 * kUnit, 1, stream(1))->data();
+  pool.cache->evict("layer");
+  pool.cache->restore("layer", stream(1));
+  pool.upstream->write(data, 2 * kUnit, 2, stream(1));
+  pool.cache->evict("layer");
+  EXPECT_EQ(pool.cache->swap_stats().num_clean_evictions, 0U);
+  pool.cache->freeze("layer");
+  pool.cache->restore("layer", stream(1));
+  pool.upstream->expect(data, 2 * kUnit, 2, stream(1));
+  pool.cache->evict("layer");
+  EXPECT_EQ(pool.cache->swap_stats().num_clean_evictions, 1U);
+  pool.cache->restore("layer", stream(1));
+  pool.upstream->expect(data, 2 * kUnit, 2, stream(1));
+  pool.cache->thaw("layer");
+  EXPECT_EQ(pool.cache->swap_stats().host_bytes, 0U);
+  pool.upstream->write(data, 2 * kUnit, 3, stream(1));
+  pool.cache->evict("layer");
+  pool.cache->restore("layer", stream(1));
+  pool.upstream->expect(data, 2 * kUnit, 3, stream(1));
+  EXPECT_EQ(pool.cache->swap_stats().num_clean_evictions, 1U);
+}
+
+TEST(LayerCacheSwapTest, ZeroedFrozenEntryIsNoLongerClean) {
+  Swapping pool(false);
+  void* const data = pool.make("layer", 2 * kUnit, 1, stream(1))->data();
+  pool.cache->freeze("layer");
+  pool.cache->evict("layer");
+  pool.cache->allocate(2 * kUnit, "layer", "u8", Contents::kZero, stream(1));
+  pool.cache->evict("layer");
+  pool.cache->restore("layer", stream(1));
+  pool.upstream->expect(data, 2 * kUnit, 0, stream(1));
+}
+
+TEST(LayerCacheSwapTest, PinnedLeasedAndHeldEntriesStay) {
+  Swapping pool(true);
+  auto held = pool.make("layer", 2 * kUnit, 1, stream(1));
+  EXPECT_THROW(pool.cache->evict("layer"), InvalidArgument);  // a tensor may touch it any time
+  EXPECT_THROW(pool.cache->allocate(15 * kUnit, "", "u8", Contents::kUndefined, stream(1)),
+               OutOfMemory);
+  pool.cache->set_schedule({"layer"});
+  pool.cache->pin("layer");
+  EXPECT_THROW(pool.cache->evict("layer"), InvalidArgument);
+  EXPECT_THROW(pool.cache->free("layer", stream(1)), InvalidArgument);
+  pool.cache->unpin("layer");
+  pool.cache->acquire("layer", stream(1));
+  EXPECT_THROW(pool.cache->evict("layer"), InvalidArgument);
+  EXPECT_THROW(pool.cache->allocate(15 * kUnit, "", "u8", Contents::kUndefined, stream(1)),
+               OutOfMemory);
+  pool.cache->release("layer", stream(1));
+  EXPECT_NO_THROW(pool.cache->allocate(15 * kUnit, "", "u8", Contents::kUndefined, stream(1)));
+  EXPECT_EQ(pool.cache->swap_stats().num_evictions, 1U);
+  EXPECT_THROW(pool.cache->release("layer", stream(1)), InvalidArgument);
+  EXPECT_THROW(pool.cache->unpin("layer"), InvalidArgument);
+  pool.cache->free("layer", stream(1));  // comes back for the one who holds it
+  pool.upstream->expect(held->data(), 2 * kUnit, 1, stream(1));
+}
+
+TEST(LayerCacheSwapTest, TheFarthestInTheScheduleLeavesFirst) {
+  Swapping pool(true);
+  std::vector<std::string> names;
+  for (int i = 0; i < 6; ++i) {
+    names.push_back("layer" + std::to_string(i));
+    pool.make(names.back(), 3 * kUnit, std::uint8_t(i), stream(1));
+    if (i < 5) pool.cache->set_schedule(names);
+  }
+  // The sixth did not fit beside five: layer 4, the farthest from the start, left.
+  const auto evicted = [&] {
+    std::vector<std::string> gone;
+    for (const EntryInfo& entry : pool.cache->entries()) {
+      if (entry.is_evicted) gone.push_back(entry.name);
+    }
+    return gone;
+  };
+  EXPECT_EQ(evicted(), std::vector<std::string>{"layer4"});
+  pool.cache->set_schedule(names);
+  for (int round = 0; round < 3; ++round) {
+    for (int i = 0; i < 6; ++i) {
+      pool.cache->acquire(names[i], stream(1));
+      const auto lease =
+          pool.cache->allocate(3 * kUnit, names[i], "u8", Contents::kUndefined, stream(1));
+      pool.upstream->expect(lease->data(), 3 * kUnit, std::uint8_t(i), stream(1));
+      pool.cache->release(names[i], stream(1));
+    }
+  }
+  // Five of six fit. Least recently used would restore all six a round: 18 in three rounds.
+  EXPECT_LE(pool.cache->swap_stats().num_restores, 6U);
+  EXPECT_THROW(pool.cache->set_schedule({"layer0", "layer0"}), InvalidArgument);
+}
+
+TEST(LayerCacheSwapTest, HostWithoutRoomIsOutOfMemoryAndNothingMoves) {
+  Swapping pool(true, kUnit);
+  pool.make("layer", 8 * kUnit, 1, stream(1));
+  EXPECT_THROW(pool.cache->evict("layer"), OutOfMemory);
+  EXPECT_THROW(pool.make("other", 12 * kUnit, 1, stream(1)), OutOfMemory);
+  EXPECT_FALSE(pool.cache->entries()[0].is_evicted);
+  EXPECT_FALSE(pool.cache->contains("other"));
+}
+
+TEST(LayerCacheSwapTest, EveryDriverCallMayFail) {
+  for (std::uint64_t k = 1;; ++k) {
+    Swapping pool(true);
+    const std::size_t bytes = 6 * kUnit;
+    void* const data = pool.make("a", bytes, 1, stream(1))->data();
+    pool.make("b", bytes, 2, stream(2));
+    const auto before = pool.upstream->num_calls();
+    pool.upstream->fail_at(k);
+    bool failed = false;
+    const auto attempt = [&](auto act) {
+      try {
+        act();
+      } catch (const Error&) {
+        failed = true;
+      }
+    };
+    attempt([&] { pool.cache->evict("a"); });
+    attempt([&] { pool.cache->restore("a", stream(3)); });
+    attempt([&] { pool.cache->allocate(8 * kUnit, "c", "u8", Contents::kUndefined, stream(1)); });
+    attempt([&] {
+      pool.cache->acquire("b", stream(1));
+      pool.cache->release("b", stream(1));
+    });
+    const bool reached = pool.upstream->num_calls() >= before + k;
+    pool.upstream->fail_at(0);
+    pool.cache->restore("a", stream(1));
+    pool.upstream->expect(data, bytes, 1, stream(1));
+    pool.cache->restore("b", stream(2));
+    pool.cache->arena().check_integrity();
+    if (!reached) {
+      EXPECT_FALSE(failed);
+      break;
+    }
+    ASSERT_LT(k, 1000U);
+  }
+}
+
+TEST(LayerCacheSwapTest, HostStreamsSwapUnderThreads) {
+  const auto upstream = make_host_upstream();
+  const auto host = std::make_shared<Arena>(make_host_upstream(), 64 * kUnit);
+  const auto cache = std::make_shared<LayerCache>(
+      std::make_unique<Arena>(upstream, 8 * kUnit, ArenaOptions{.handle_bytes = kUnit}),
+      SwapOptions{host, true, 9000});
+  std::vector<std::string> names;
+  for (int i = 0; i < 8; ++i) {
+    names.push_back(std::to_string(i));
+    const auto lease =
+        cache->allocate(2 * kUnit, names.back(), "u8", Contents::kUndefined, nullptr);
+    std::memset(lease->data(), i, lease->bytes());
+  }
+  cache->set_schedule(names);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (unsigned seed = 1; seed <= 2; ++seed) {
+    threads.emplace_back([&, seed] {
+      std::mt19937 random{seed};
+      for (int step = 0; step < 100; ++step) {
+        const int i = int(random() % 8);
+        cache->acquire(names[i], nullptr);
+        const auto lease = cache->allocate(2 * kUnit, names[i], "u8", Contents::kKeep, nullptr);
+        const auto* bytes = static_cast<const std::uint8_t*>(lease->data());
+        if (bytes[0] != i || bytes[2 * kUnit - 1] != i) ++wrong;
+        cache->release(names[i], nullptr);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+  cache->arena().check_integrity();
+  EXPECT_GT(cache->swap_stats().num_evictions, 8U);
+}
+
+}  // namespace
+}  // namespace fastgpt
