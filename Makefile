@@ -1,6 +1,6 @@
 # make demo    build, quantize the bundled model, serve it, ask it a question, show speed and metrics
 # make test    environment from nothing, build with warnings as errors, every test but gpu and slow
-# make test-all, make lint, make format, make clean
+# make test-all, make sanitize, make lint, make format, make clean
 #
 # VENV=        use the current interpreter and install nothing (a machine without network)
 # TORCH=...    another torch requirement, e.g. TORCH=torch for a CUDA build of it
@@ -20,7 +20,7 @@ PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.installed
 endif
 
-.PHONY: demo test test-all test-cpp build lint format clean platform
+.PHONY: demo test test-all test-cpp sanitize build lint format clean platform
 demo: export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
 test test-all: export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
 
@@ -66,20 +66,53 @@ test-all: export FASTGPT_WERROR := 1
 test-all: platform $(ENVIRONMENT)
 	$(MAKE) --no-print-directory build test-cpp
 	$(PY) -m pytest -m "not gpu"
+	$(MAKE) --no-print-directory sanitize
+
+# What the two targets below share.
+define CPP_TESTS
+make_ninja=$$($(PY) -c 'import ninja, os; print(os.path.join(ninja.BIN_DIR, "ninja"))')
+has_cpp_tests() {
+    if ! command -v cmake >/dev/null; then
+        echo "$$1: cmake not found; the C++ tests were not run (apt install cmake libgtest-dev)"; return 1
+    elif ! echo '#include <gtest/gtest.h>' | $${CXX:-g++} -fsyntax-only -x c++ - 2>/dev/null; then
+        echo "$$1: GoogleTest not found; the C++ tests were not run (apt install libgtest-dev)"; return 1
+    fi
+}
+build_cpp_tests() {  # FOLDER OPTION...
+    mkdir -p "$$1"
+    cmake -S cmake -B "$$@" -G Ninja -DCMAKE_MAKE_PROGRAM="$$make_ninja" >"$$1/configure.log" 2>&1 \
+        || { cat "$$1/configure.log"; return 1; }
+    cmake --build "$$1"
+}
+endef
 
 # The core alone, without torch or Python, with its own tests.
 test-cpp:
-	if ! command -v cmake >/dev/null; then
-	    echo "test-cpp: cmake not found; the C++ tests were not run (apt install cmake libgtest-dev)"
-	elif ! echo '#include <gtest/gtest.h>' | $${CXX:-g++} -fsyntax-only -x c++ - 2>/dev/null; then
-	    echo "test-cpp: GoogleTest not found; the C++ tests were not run (apt install libgtest-dev)"
-	else
-	    cmake -S cmake -B build/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTGPT_WERROR=ON \
-	        -DCMAKE_MAKE_PROGRAM="$$($(PY) -c 'import ninja, os; print(os.path.join(ninja.BIN_DIR, "ninja"))')" >build-cmake.log 2>&1 \
-	        || { cat build-cmake.log; exit 1; }
-	    rm -f build-cmake.log
-	    cmake --build build/cmake
+	$(CPP_TESTS)
+	if has_cpp_tests $@; then
+	    build_cpp_tests build/cmake -DCMAKE_BUILD_TYPE=Release -DFASTGPT_WERROR=ON
 	    ctest --test-dir build/cmake --output-on-failure
+	fi
+
+# Addresses and undefined behaviour: the C++ tests, then the CPU ops and the pool from Python, with
+# the runtimes loaded before Python's. Threads: the C++ tests, unrandomized (TSan's shadow is fixed).
+sanitize: $(ENVIRONMENT)
+	$(CPP_TESTS)
+	for kind in address,undefined thread; do
+	    if ! echo 'int main() {}' | $${CXX:-g++} -fsanitize=$$kind -x c++ - -o /dev/null 2>/dev/null; then
+	        echo "sanitize: $${CXX:-g++} has no -fsanitize=$$kind; not run"
+	    elif has_cpp_tests $@; then
+	        build_cpp_tests build/sanitize-$${kind%%,*} -DFASTGPT_SANITIZE=$$kind -DFASTGPT_BENCHMARKS=OFF
+	        setarch -R ctest --test-dir build/sanitize-$${kind%%,*} --output-on-failure
+	    fi
+	done
+	if [ "$$(basename $${CXX:-g++})" = g++ ] && [ -e "$$(g++ -print-file-name=libasan.so)" ]; then
+	    FASTGPT_SANITIZE=address,undefined FASTGPT_CUDA=0 $(PY) setup.py -q build --build-lib build/sanitize-python
+	    PYTHONPATH=build/sanitize-python ASAN_OPTIONS=detect_leaks=0 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	    $(PY) -P -m pytest -q -m "not gpu and not slow" -k "not opcheck and not compile" tests/python/ops tests/python/test_memory.py
+	else
+	    echo "sanitize: no g++ with libasan; the ops were not run"
 	fi
 
 lint: $(ENVIRONMENT)

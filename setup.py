@@ -104,6 +104,8 @@ if os.environ.get("FASTGPT_WERROR") == "1":
 CXX_FLAGS = ["-std=c++20", "-O3", "-g1", "-fvisibility-inlines-hidden", *WARNINGS]
 if WITH_CUDA:
     CXX_FLAGS.append("-DFASTGPT_WITH_CUDA")
+if "clang" in CXX:  # 16's VectorCombine pass recurses without end on gemm/panel_avx512bf16.cpp
+    CXX_FLAGS += ["-mllvm", "-disable-vector-combine"]
 LINK_FLAGS = ["-Wl,-rpath,$ORIGIN"]
 if SANITIZE := os.environ.get("FASTGPT_SANITIZE"):
     CXX_FLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]

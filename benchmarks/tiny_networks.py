@@ -10,6 +10,7 @@ does faster than it can gather tokens by expert. `export_state` splits them agai
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -144,14 +145,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 _Cached = tuple[KVCache, Tensor, int, int]  # cache, positions, allocated length, extent in use
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """Causal attention; subclasses project to q, k, v of [batch, heads, tokens, d]."""
 
     scale: float
     o_proj: nn.Linear
 
+    @abstractmethod
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """Return q, k and v, rotated."""
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, cached: _Cached | None
