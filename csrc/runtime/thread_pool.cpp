@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <condition_variable>
 #include <exception>
@@ -29,7 +30,7 @@ int affinity_cores() {
 class ThreadPool {
  public:
   explicit ThreadPool(int num_threads) : num_threads_(num_threads) {
-    for (int i = 1; i < num_threads_; ++i) workers_.emplace_back([this, i] { work(i); });
+    for (int i = 1; i < num_threads_; ++i) workers_.emplace_back([this] { work(); });
   }
 
   ~ThreadPool() {
@@ -58,29 +59,60 @@ class ThreadPool {
     std::lock_guard owner(owner_, std::adopt_lock);
     begin_ = begin;
     end_ = end;
-    pieces_ = pieces;
     fn_ = &fn;
     error_ = nullptr;
-    pending_.store(num_threads_ - 1, std::memory_order_relaxed);
+    unfinished_.store(pieces, std::memory_order_relaxed);
+    const Ticket ticket{Ticket::of(ticket_.load()).job + 1, std::uint16_t(pieces), 0};
     {
-      std::lock_guard lock(mutex_);  // pairs with the sleeper's check of epoch_
-      epoch_.fetch_add(1, std::memory_order_release);
+      std::lock_guard lock(mutex_);  // pairs with the sleeper's check of ticket_
+      ticket_.store(ticket.packed());
     }
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) wake_.notify_all();
-    run_piece(0);
-    while (pending_.load(std::memory_order_acquire) != 0) __builtin_ia32_pause();
+    if (sleepers_.load() > 0) wake_.notify_all();
+    inside_ = true;
+    run_pieces(ticket.job);
+    inside_ = false;
+    for (int spins = 1; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
+      __builtin_ia32_pause();
+      if (spins % kSpinsPerYield == 0) std::this_thread::yield();  // a worker may want this core
+    }
     if (error_) std::rethrow_exception(error_);
   }
 
  private:
   static constexpr std::chrono::microseconds kSpinTime{100};
   static constexpr int kSpinsPerLook = 32;  // at the clock
+  static constexpr int kSpinsPerYield = 1024;
 
-  void run_piece(std::int64_t index) {
-    if (index >= pieces_) return;
+  // What is left of the current job, in one word: a piece belongs to who moves `next` past it.
+  struct Ticket {
+    std::uint32_t job;
+    std::uint16_t pieces;
+    std::uint16_t next;
+
+    static Ticket of(std::uint64_t packed) { return std::bit_cast<Ticket>(packed); }
+    std::uint64_t packed() const { return std::bit_cast<std::uint64_t>(*this); }
+  };
+
+  // Take pieces of this job until none is left. Nobody waits for a thread that has not begun: on a
+  // busy machine the others do its share, where a fixed share would cost a time slice of the
+  // kernel's an operation. While a taken piece is unfinished, run() does not touch the job.
+  void run_pieces(std::uint32_t job) {
+    std::uint64_t packed = ticket_.load();
+    for (;;) {
+      Ticket ticket = Ticket::of(packed);
+      if (ticket.job != job || ticket.next == ticket.pieces) return;
+      const std::int64_t index = ticket.next++;
+      if (!ticket_.compare_exchange_weak(packed, ticket.packed())) continue;
+      run_piece(index, ticket.pieces);
+      unfinished_.fetch_sub(1, std::memory_order_acq_rel);
+      packed = ticket_.load();
+    }
+  }
+
+  void run_piece(std::int64_t index, std::int64_t pieces) {
     const std::int64_t total = end_ - begin_;
-    const std::int64_t first = begin_ + total * index / pieces_;
-    const std::int64_t last = begin_ + total * (index + 1) / pieces_;
+    const std::int64_t first = begin_ + total * index / pieces;
+    const std::int64_t last = begin_ + total * (index + 1) / pieces;
     try {
       (*fn_)(first, last);
     } catch (...) {
@@ -89,32 +121,33 @@ class ThreadPool {
     }
   }
 
-  void work(int index) {
+  std::uint32_t current_job() const { return Ticket::of(ticket_.load()).job; }
+
+  void work() {
     inside_ = true;
-    std::uint64_t seen = 0;
+    std::uint32_t seen = 0;
     for (;;) {
       int spins = 0;
       auto deadline = std::chrono::steady_clock::now() + kSpinTime;
-      while (epoch_.load(std::memory_order_acquire) == seen && !stop_.load()) {
+      while (current_job() == seen && !stop_.load()) {
         if (++spins % kSpinsPerLook != 0 || std::chrono::steady_clock::now() < deadline) {
           __builtin_ia32_pause();
           continue;
         }
         std::unique_lock lock(mutex_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, [&] { return epoch_.load() != seen || stop_.load(); });
+        wake_.wait(lock, [&] { return current_job() != seen || stop_.load(); });
         sleepers_.fetch_sub(1);
         deadline = std::chrono::steady_clock::now() + kSpinTime;
       }
       if (stop_.load()) return;
-      seen = epoch_.load(std::memory_order_acquire);
-      run_piece(index);
-      pending_.fetch_sub(1, std::memory_order_release);
+      seen = current_job();
+      run_pieces(seen);
     }
   }
 
  public:
-  static thread_local bool inside_;  // a worker never waits for its own pool
+  static thread_local bool inside_;  // a thread never waits for the pool it works in
 
  private:
   const int num_threads_;
@@ -122,13 +155,12 @@ class ThreadPool {
   std::mutex owner_;  // one parallel_for at a time
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<std::uint64_t> epoch_{0};
-  std::atomic<int> pending_{0};
+  std::atomic<std::uint64_t> ticket_{0};
+  std::atomic<std::int64_t> unfinished_{0};
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::int64_t begin_ = 0;
   std::int64_t end_ = 0;
-  std::int64_t pieces_ = 0;
   const std::function<void(std::int64_t, std::int64_t)>* fn_ = nullptr;
   std::exception_ptr error_;
 };
