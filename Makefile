@@ -46,7 +46,7 @@ endif
 
 # Kernels for the visible device, or none.
 demo: platform $(ENVIRONMENT)
-	if capability=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) && [ -n "$$capability" ]; then
+	@if capability=$$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1) && [ -n "$$capability" ]; then
 	    export FASTGPT_CUDA=$${FASTGPT_CUDA:-auto}
 	    export TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-$${capability/9.0/9.0a}}
 	    echo "demo: NVIDIA device of compute capability $$capability; building its kernels"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,19 @@ from fastgpt.scheme import Format
 __all__ = ["QuantizedModel", "Quantizer"]
 
 _HEADER_BYTES_PER_TENSOR = 1000  # two parts with name, shape, offsets, sums; its choice
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Run torch's kernels on one thread: the search is many small ones, and threads of torch's that
+    spin between them take the cores from one another and from the core's own pool.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Quantizer:
@@ -154,6 +168,7 @@ class Quantizer:
             )
         return report
 
+    @_one_torch_thread()
     def convert(self, progress: bool = True) -> Any:
         """Return the quantized model: an nn.Module with `save(path)`; print its bytes by format.
 
@@ -193,6 +208,7 @@ class Quantizer:
             sys.stdout.write(f"{self.report}\n")
         return result
 
+    @_one_torch_thread()
     def write(self, path: str | os.PathLike[str], progress: bool = True) -> Report:
         """Quantize straight into a file, one tensor in memory at a time; return the report.
 
