@@ -60,7 +60,8 @@ def server(model: Path, config: Path, url: str, device: str) -> Iterator[subproc
         sys.executable, "-m", "fastgpt.cli.serve",
         "--config", str(config), "--model", str(model), "--device", device, "--log-level", "info",
     ]  # fmt: skip
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
     try:
         deadline = time.monotonic() + START_LIMIT_S
         while True:
