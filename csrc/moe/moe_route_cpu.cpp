@@ -1,85 +1,95 @@
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
-#include <numeric>
 #include <vector>
 
+#include "fastgpt/isa_table.h"
 #include "fastgpt/thread_pool.h"
 #include "moe/kernels.h"
+#include "moe/route.h"
 
 namespace fastgpt::moe {
 namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
-struct Scratch {
-  std::vector<float> score;   // what the weights are made of
-  std::vector<float> choice;  // what the selection compares
-  std::vector<float> group;
+/// Values to choose from, largest first. NaN never wins, but when nothing else is left the lowest
+/// index does.
+class Choices {
+ public:
+  void reset(std::size_t size) {
+    values_.resize(size);
+    taken_.assign(size, 0);
+  }
+  void set(std::size_t i, float value) { values_[i] = std::isnan(value) ? kNever : value; }
+  void drop(std::size_t i) {
+    values_[i] = kNever;
+    taken_[i] = 1;
+  }
+  bool is_taken(std::size_t i) const { return taken_[i] != 0; }
+  std::size_t size() const { return values_.size(); }
+  float operator[](std::size_t i) const { return values_[i]; }
+
+  /// Take the largest value that is left, the lowest index among equals.
+  std::size_t take(const RouteLoops& loops) {
+    auto best = std::size_t(loops.first_largest(values_.data(), std::int64_t(values_.size())));
+    if (values_[best] == kNever) best = lowest_left();
+    drop(best);
+    return best;
+  }
+
+ private:
+  // Only what was never a number, or minus infinity, is left.
+  std::size_t lowest_left() const {
+    return std::size_t(std::find(taken_.begin(), taken_.end(), 0) - taken_.begin());
+  }
+
+  std::vector<float> values_;
+  std::vector<std::uint8_t> taken_;
 };
 
-void score_experts(const float* logits, Scoring scoring, std::vector<float>& score) {
-  const std::size_t num_experts = score.size();
-  if (scoring == Scoring::kSigmoid) {
-    for (std::size_t e = 0; e < num_experts; ++e) score[e] = 1.0F / (1.0F + std::exp(-logits[e]));
-    return;
-  }
-  const float largest = *std::max_element(logits, logits + num_experts);
-  float total = 0.0F;
-  for (std::size_t e = 0; e < num_experts; ++e) total += score[e] = std::exp(logits[e] - largest);
-  for (std::size_t e = 0; e < num_experts; ++e) score[e] /= total;
-}
+struct Scratch {
+  std::vector<float> score;  // what the weights are made of
+  Choices experts;
+  Choices groups;
+};
 
-// Index of the largest value that is still available; the lowest among equals. NaN never wins,
-// but when nothing else is left the lowest available index does.
-std::size_t take_largest(std::vector<float>& values, std::vector<bool>& taken) {
-  std::size_t best = values.size();
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    if (!taken[i] && (best == values.size() || values[i] > values[best] ||
-                      (std::isnan(values[best]) && !std::isnan(values[i])))) {
-      best = i;
-    }
-  }
-  taken[best] = true;
-  return best;
-}
-
-void keep_best_groups(const MoeRouteParams& p, Scratch& s, std::vector<bool>& expert_taken) {
-  const std::size_t width = s.choice.size() / std::size_t(p.num_groups);
-  s.group.assign(std::size_t(p.num_groups), 0.0F);
-  for (std::size_t g = 0; g < s.group.size(); ++g) {
+void drop_lesser_groups(const MoeRouteParams& p, const RouteLoops& loops, Scratch& s) {
+  const std::size_t num_groups = std::size_t(p.num_groups);
+  const std::size_t width = s.experts.size() / num_groups;
+  s.groups.reset(num_groups);
+  for (std::size_t g = 0; g < num_groups; ++g) {
     float best = kNever;
     float second = kNever;
     for (std::size_t e = g * width; e < (g + 1) * width; ++e) {
-      if (s.choice[e] > best) {
-        second = best;
-        best = s.choice[e];
-      } else {
-        second = std::max(second, s.choice[e]);
-      }
+      second = std::max(second, std::min(best, s.experts[e]));
+      best = std::max(best, s.experts[e]);
     }
-    s.group[g] = p.correction_bias && width > 1 ? best + second : best;
+    s.groups.set(g, p.correction_bias && width > 1 ? best + second : best);
   }
-  std::vector<bool> kept(s.group.size(), false);
-  for (int i = 0; i < p.topk_groups; ++i) take_largest(s.group, kept);
-  for (std::size_t e = 0; e < s.choice.size(); ++e) expert_taken[e] = !kept[e / width];
+  for (int i = 0; i < p.topk_groups; ++i) s.groups.take(loops);
+  for (std::size_t g = 0; g < num_groups; ++g) {
+    if (s.groups.is_taken(g)) continue;
+    for (std::size_t e = g * width; e < (g + 1) * width; ++e) s.experts.drop(e);
+  }
 }
 
-void route_token(const MoeRouteParams& p, std::int64_t token, Scratch& s) {
-  const float* logits = p.logits.as<float>() + token * p.logits.stride(0);
-  score_experts(logits, p.scoring, s.score);
-  s.choice = s.score;
-  if (p.correction_bias) {
-    const float* bias = p.correction_bias.as<float>();
-    for (std::size_t e = 0; e < s.choice.size(); ++e) s.choice[e] += bias[e];
+void route_token(const MoeRouteParams& p, const RouteLoops& loops, std::int64_t token, Scratch& s) {
+  const std::size_t num_experts = s.score.size();
+  loops.score(p.logits.as<float>() + token * p.logits.stride(0), std::int64_t(num_experts),
+              p.scoring == Scoring::kSigmoid, s.score.data());
+  const float* bias = p.correction_bias ? p.correction_bias.as<float>() : nullptr;
+  s.experts.reset(num_experts);
+  for (std::size_t e = 0; e < num_experts; ++e) {
+    s.experts.set(e, bias == nullptr ? s.score[e] : s.score[e] + bias[e]);
   }
-  std::vector<bool> taken(s.choice.size(), false);
-  if (p.topk_groups < p.num_groups) keep_best_groups(p, s, taken);
+  if (p.topk_groups < p.num_groups) drop_lesser_groups(p, loops, s);
   std::int32_t* ids = p.expert_ids.as<std::int32_t>() + token * p.expert_ids.stride(0);
   float* weights = p.weights.as<float>() + token * p.weights.stride(0);
   float total = 0.0F;
   for (int j = 0; j < p.top_k; ++j) {
-    const std::size_t expert = take_largest(s.choice, taken);
+    const std::size_t expert = s.experts.take(loops);
     ids[j] = std::int32_t(expert);
     weights[j] = s.score[expert];
     total += weights[j];
@@ -91,12 +101,13 @@ void route_token(const MoeRouteParams& p, std::int64_t token, Scratch& s) {
 }  // namespace
 
 void moe_route_cpu(const MoeRouteParams& p) {
-  const std::size_t num_experts = std::size_t(p.logits.size(1));
+  const RouteLoops& loops =
+      *table_of_isa(&kRouteLoopsPortable, &kRouteLoopsAvx2, &kRouteLoopsAvx512);
   parallel_for(0, p.logits.size(0), 1 + 4096 / p.logits.size(1),
                [&](std::int64_t a, std::int64_t b) {
                  Scratch scratch;
-                 scratch.score.resize(num_experts);
-                 for (std::int64_t i = a; i < b; ++i) route_token(p, i, scratch);
+                 scratch.score.resize(std::size_t(p.logits.size(1)));
+                 for (std::int64_t i = a; i < b; ++i) route_token(p, loops, i, scratch);
                });
 }
 

@@ -21,20 +21,21 @@ struct EmbeddingArgs {
   std::int64_t vocab_size;
   T* out;
   std::int64_t out_stride;
-  std::int64_t hidden;
-  unsigned chunks;
+  unsigned runs;      // of kSize columns in a row
+  unsigned num_runs;  // in all rows
 };
 
-// One thread copies kSize columns of one row. Grid: num_tokens * chunks CTAs. An id outside the
-// table cannot raise from a kernel: its row becomes NaN, which no later step can hide.
+// One thread copies kSize columns of one row; the rows' runs stand one after another over the grid,
+// so that no thread idles at the end of a row. An id outside the table cannot raise from a kernel:
+// its row becomes NaN, which no later step can hide.
 template <class T, int kSize>
 __global__ void __launch_bounds__(kThreads)
     embedding_kernel(const __grid_constant__ device::Dependent<EmbeddingArgs<T>> dependent) {
   const EmbeddingArgs<T>& p = dependent.wait();
-  const std::int64_t token = blockIdx.x / p.chunks;
-  const std::int64_t column =
-      (std::int64_t(blockIdx.x % p.chunks) * kThreads + threadIdx.x) * kSize;
-  if (column >= p.hidden) return;
+  const unsigned index = blockIdx.x * kThreads + threadIdx.x;
+  if (index >= p.num_runs) return;
+  const std::int64_t token = index / p.runs;
+  const std::int64_t column = std::int64_t(index % p.runs) * kSize;
   const std::int64_t id = p.ids[token * p.id_stride];
   float values[kSize];
   if (id >= 0 && id < p.vocab_size) {
@@ -59,8 +60,8 @@ void embedding_cuda(const EmbeddingParams& p, const Stream& stream) {
     using T = decltype(tag);
     const auto run = [&](auto size_tag) {
       constexpr int kSize = decltype(size_tag)::value;
-      const std::int64_t chunks = (hidden + kSize * kThreads - 1) / (kSize * kThreads);
-      FASTGPT_CHECK(num_tokens * chunks < (std::int64_t(1) << 31), "ids has ", num_tokens,
+      const std::int64_t runs = hidden / kSize;
+      FASTGPT_CHECK(num_tokens * runs < (std::int64_t(1) << 32) - kThreads, "ids has ", num_tokens,
                     " elements, too many for one launch; split them");
       const EmbeddingArgs<T> args{p.ids.as<std::int64_t>(),
                                   p.ids.stride(0),
@@ -70,9 +71,10 @@ void embedding_cuda(const EmbeddingParams& p, const Stream& stream) {
                                   p.weight.size(0),
                                   p.out.as<T>(),
                                   p.out.stride(0),
-                                  hidden,
-                                  unsigned(chunks)};
-      device::launch(embedding_kernel<T, kSize>, unsigned(num_tokens * chunks), kThreads, 0,
+                                  unsigned(runs),
+                                  unsigned(num_tokens * runs)};
+      const auto ctas = unsigned((num_tokens * runs + kThreads - 1) / kThreads);
+      device::launch(embedding_kernel<T, kSize>, ctas, kThreads, 0,
                      static_cast<cudaStream_t>(stream.handle), args);
     };
     constexpr int kFull = device::kPackSize<T>;

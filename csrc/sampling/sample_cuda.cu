@@ -30,7 +30,9 @@ struct SampleArgs {
   const std::int64_t* seeds;
   const std::int64_t* positions;
   std::int64_t* ids;
-  bool is_cached;  // the CTA's part of the row fits its shared memory
+  int slice;        // values of a row that one CTA owns, a multiple of four
+  bool is_cached;   // they fit its shared memory
+  bool is_aligned;  // rows are whole 16-byte runs
 };
 
 /// What the CTAs of a row tell each other. Two sets, used in turn: a set is rewritten only after
@@ -162,22 +164,40 @@ __global__ void __launch_bounds__(kThreads)
   } else
 #endif
   {
-    extern __shared__ float cache[];
+    extern __shared__ __align__(16) float cache[];
     const SampleArgs& args = dependent.wait();
     __shared__ Exchange exchange;
     Row<kClustered> row{&exchange};
     const std::int64_t r = blockIdx.x / row.size();
-    const int slice = (args.vocab_size + row.size() - 1) / row.size();
+    const int slice = args.slice;
     const int first = min(row.rank() * slice, args.vocab_size);
     const int count = min(slice, args.vocab_size - first);
     const float* source = args.logits + r * args.logits_stride + first;
 
-    std::uint64_t best = device::order_key(-INFINITY, 0);  // id 0 if nothing is larger
+    // A thread meets ids in rising order, so the first of its largest values is the one it keeps.
+    float own_largest = -INFINITY;
+    int own_first = 0;
+    if (args.is_aligned) {
+      for (int i = int(threadIdx.x) * 4; i < count; i += kThreads * 4) {
+        const float4 quad = *reinterpret_cast<const float4*>(source + i);
+        if (args.is_cached) *reinterpret_cast<float4*>(cache + i) = quad;
+        const float of_quad[4] = {quad.x, quad.y, quad.z, quad.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (of_quad[j] > own_largest) own_largest = of_quad[j], own_first = i + j;
+        }
+      }
+    } else {
 #pragma unroll 4
-    for (int i = int(threadIdx.x); i < count; i += kThreads) {
-      const float value = source[i];
-      if (args.is_cached) cache[i] = value;
-      if (value > -INFINITY) best = max(best, device::order_key(value, std::uint32_t(first + i)));
+      for (int i = int(threadIdx.x); i < count; i += kThreads) {
+        const float value = source[i];
+        if (args.is_cached) cache[i] = value;
+        if (value > own_largest) own_largest = value, own_first = i;
+      }
+    }
+    std::uint64_t best = device::order_key(-INFINITY, 0);  // id 0 if nothing is larger
+    if (own_largest > -INFINITY) {
+      best = device::order_key(own_largest, std::uint32_t(first + own_first));
     }
     const float* values = args.is_cached ? cache : source;
     best = row.largest(best);  // also makes the cache visible
@@ -263,14 +283,16 @@ __global__ void __launch_bounds__(kThreads)
 template <bool kClustered>
 void launch(SampleArgs args, std::int64_t num_rows, const Stream& stream) {
   const int ctas = kClustered ? kClusterSize : 1;
-  const int slice = (args.vocab_size + ctas - 1) / ctas;
+  args.slice = ((args.vocab_size + ctas - 1) / ctas + 3) / 4 * 4;
+  args.is_aligned = reinterpret_cast<std::uintptr_t>(args.logits) % 16 == 0 &&
+                    args.logits_stride % 4 == 0 && args.vocab_size % 4 == 0;
   int limit = 0;
   FASTGPT_CUDA_TRY(
       cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device));
   const int available = limit - int(sizeof(Exchange)) - 1024;
-  args.is_cached = slice <= available / 4;
+  args.is_cached = args.slice <= available / 4;
   device::allow_shared_bytes<sample_kernel<kClustered>>(available / 4 * 4, stream.device);
-  const std::size_t shared_bytes = args.is_cached ? std::size_t(slice) * 4 : 0;
+  const std::size_t shared_bytes = args.is_cached ? std::size_t(args.slice) * 4 : 0;
   device::launch(sample_kernel<kClustered>, unsigned(num_rows * ctas), kThreads, shared_bytes,
                  static_cast<cudaStream_t>(stream.handle), args, unsigned(ctas));
 }
@@ -278,17 +300,11 @@ void launch(SampleArgs args, std::int64_t num_rows, const Stream& stream) {
 }  // namespace
 
 void sample_cuda(const SampleParams& p, const Stream& stream) {
-  const SampleArgs args{p.logits.as<float>(),
-                        p.logits.stride(0),
-                        int(p.logits.size(1)),
-                        p.temperature.as<float>(),
-                        p.top_k.as<std::int32_t>(),
-                        p.top_p.as<float>(),
-                        p.min_p.as<float>(),
-                        p.seeds.as<std::int64_t>(),
-                        p.positions.as<std::int64_t>(),
-                        p.ids.as<std::int64_t>(),
-                        false};
+  SampleArgs args{
+      p.logits.as<float>(),      p.logits.stride(0),         int(p.logits.size(1)),
+      p.temperature.as<float>(), p.top_k.as<std::int32_t>(), p.top_p.as<float>(),
+      p.min_p.as<float>(),       p.seeds.as<std::int64_t>(), p.positions.as<std::int64_t>(),
+      p.ids.as<std::int64_t>()};
   const bool clustered = args.vocab_size > kClusterVocab &&
                          device::compiled_arch<sample_kernel<true>>(stream.device) >= 90;
   if (clustered) return launch<true>(args, p.logits.size(0), stream);

@@ -1,0 +1,7 @@
+#include "moe/route_kernel.h"
+
+namespace fastgpt::moe {
+
+const RouteLoops kRouteLoopsAvx2 = kLoops;
+
+}  // namespace fastgpt::moe
