@@ -89,6 +89,9 @@ def _weight(format: str, num_experts: int | None = None) -> ops.ArrangedWeight:
     if format == "fp8":
         packed, scale = ops.quantize_fp8(dense)
         return ops.arrange(packed.view(*stack, -1), scale.view(*stack), format=format)
+    if format == "int8":
+        packed, scale = ops.quantize_int8(dense)
+        return ops.arrange(packed.view(*stack, -1), scale.view(*stack), format=format)
     if format == "int4":
         packed, scale, _ = ops.quantize_int4(dense, group_size=64)
         return ops.arrange(
@@ -162,6 +165,8 @@ def _dequantize(format: str) -> None:
     if format == "fp8":
         ops.dequantize_fp8(*ops.quantize_fp8(x))
         ops.dequantize_fp8(*ops.quantize_fp8(x, per_block=True))
+    elif format == "int8":
+        ops.dequantize_int8(*ops.quantize_int8(x))
     elif format == "int4":
         for symmetric in (True, False):
             packed, scale, zero_point = ops.quantize_int4(x, group_size=64, symmetric=symmetric)
@@ -178,13 +183,16 @@ CASES: dict[str, Callable[[], object]] = {
     "dequantize_binary": lambda: _dequantize("binary"),
     "dequantize_fp8": lambda: _dequantize("fp8"),
     "dequantize_int4": lambda: _dequantize("int4"),
+    "dequantize_int8": lambda: _dequantize("int8"),
     "embedding": lambda: ops.embedding(_ints([0, 18, 3]), _rand(19, HIDDEN)),
     "grouped_linear": lambda: _grouped_linear("bf16"),
     "grouped_linear_fp8": lambda: _grouped_linear("fp8"),
     "grouped_linear_int4": lambda: _grouped_linear("int4"),
+    "grouped_linear_int8": lambda: _grouped_linear("int8"),
     "linear": lambda: _linear("bf16"),
     "linear_fp8": lambda: _linear("fp8"),
     "linear_int4": lambda: _linear("int4"),
+    "linear_int8": lambda: _linear("int8"),
     "mla_attention": _mla_attention,
     "moe_combine": lambda: ops.moe_combine(
         _rand(7, 2, HIDDEN), _rand(7, 2, dtype=torch.float32), _rand(7, HIDDEN)
@@ -195,6 +203,7 @@ CASES: dict[str, Callable[[], object]] = {
     "quantize_binary": lambda: _dequantize("binary"),
     "quantize_fp8": lambda: _dequantize("fp8"),
     "quantize_int4": lambda: _dequantize("int4"),
+    "quantize_int8": lambda: _dequantize("int8"),
     "record_tokens": _record_tokens,
     "rms_norm": lambda: ops.rms_norm(_rand(NUM_TOKENS, 5, HIDDEN), _rand(HIDDEN), 1e-6),
     "rotary": _rotary,

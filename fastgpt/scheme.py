@@ -4,6 +4,13 @@ A weight is stored either plainly (`fp32`, `bf16`, `fp16`: one tensor under its 
 parts whose names end in a suffix: `packed` codes, a `scale` that multiplies to dequantize, and,
 where the format has them, `zero_point` or `offset`. This module is the one description of those
 parts; the container writes them, the quantizer produces them, kernels arrange them at load.
+
+    format            packed                              scale            the rest
+    fp8               uint8 [.., n, k], e4m3fn codes      fp32 [.., n], or one per 128 x 128
+    int8              int8 [.., n, k]                     fp32 [.., n]
+    int4, int3, int2  uint8 [.., n, bytes of a row]       fp16 per group   zero_point uint8 per
+                      padded to 16                                         group, if asymmetric
+    binary            uint8 [bytes], a bit a value        fp32 per 128     offset fp32 per 128
 """
 
 from __future__ import annotations
@@ -15,13 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastgpt.errors import CheckpointError, ConfigError, UnsupportedFormat
+from fastgpt.errors import CheckpointError, ConfigError
 
 __all__ = [
     "ALGORITHMS",
     "AVAILABLE_FORMATS",
     "BLOCK",
-    "KNOWN_FORMATS",
     "PLAIN_DTYPES",
     "Format",
     "PartSpec",
@@ -31,8 +37,7 @@ __all__ = [
 ]
 
 PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-AVAILABLE_FORMATS = (*PLAIN_DTYPES, "fp8", "int4", "int3", "int2", "binary")
-KNOWN_FORMATS = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "int3", "int2", "binary")
+AVAILABLE_FORMATS = (*PLAIN_DTYPES, "fp8", "int8", "int4", "int3", "int2", "binary")
 
 # Of integer formats with groups; the first is the default.
 ALGORITHMS = ("auto", "rtn", "clip", "gptq")
@@ -84,7 +89,8 @@ class Format:
         group_size: values that share one scale along the last dimension (int4: 32, 64 or 128;
             int3, int2: 32 or 64; binary: 128), else None.
         symmetric: integers without zero points; always True for other formats.
-        scale: fp8 only: "channel" (one fp32 per output row) or "block" (one per 128 x 128).
+        scale: fp8: "channel" (one fp32 per output row) or "block" (one per 128 x 128); int8:
+            "channel"; else None.
         algorithm: how codes are found, which reading them does not need, so formats that differ in
             it alone are equal. Integers: "auto" (the best of the others by output error on held-out
             data), "rtn" (round-to-nearest), "clip" (scales of least error) or "gptq"; binary:
@@ -108,7 +114,6 @@ class Format:
 
         Raises:
             ConfigError: an unknown name, an unknown key, or a value the format does not take.
-            UnsupportedFormat: a format FastGPT knows by name but does not compute.
 
         >>> Format.parse("int4").group_size
         128
@@ -125,14 +130,9 @@ class Format:
         name = options.pop("format", None)
         if not isinstance(name, str):
             raise ConfigError(f"{where} has format {name!r}; expected one of {_names()}")
-        if name not in KNOWN_FORMATS:
-            hint = suggest(name, KNOWN_FORMATS)
-            raise ConfigError(f"{where} names the unknown format {name!r}{hint}; known: {_names()}")
         if name not in AVAILABLE_FORMATS:
-            raise UnsupportedFormat(
-                f"{where} asks for {name}, which this version does not compute; "
-                f"available: {_names()}"
-            )
+            hint = suggest(name, AVAILABLE_FORMATS)
+            raise ConfigError(f"{where} names the unknown format {name!r}{hint}; known: {_names()}")
         return _with_options(name, options, where)
 
     @property
@@ -201,6 +201,11 @@ class Format:
         if len(shape) < 2:
             raise ConfigError(f"{self.name} stores weights [n, k], not a tensor of shape {shape}")
         *lead, rows, cols = shape
+        if self.name == "int8":
+            return {
+                "packed": PartSpec(torch.int8, shape),
+                "scale": PartSpec(torch.float32, (*lead, rows)),
+            }
         if self.name == "fp8":
             scale = (*lead, rows)
             if self.scale == "block":
@@ -264,12 +269,13 @@ class QuantizedTensor:
         """Return the weight these parts describe, computed in float32 and rounded once to `dtype`.
 
         fp8:    x = e4m3(code) * scale
+        int8:   x = code * scale
         int4, int3, int2: x = (code - zero_point) * scale
         binary: x = offset + (bit ? scale : -scale)
         """
         if self.format.has_groups:
             return _decode_groups(self).to(dtype)
-        decode = {"fp8": _decode_fp8, "binary": _decode_binary}
+        decode = {"fp8": _decode_fp8, "int8": _decode_int8, "binary": _decode_binary}
         return decode[self.format.name](self).to(dtype)
 
     def codes(self) -> torch.Tensor:
@@ -302,6 +308,10 @@ def _decode_fp8(q: QuantizedTensor) -> torch.Tensor:
     return values.mul_(per_row.repeat_interleave(BLOCK, dim=-1)[..., :cols])
 
 
+def _decode_int8(q: QuantizedTensor) -> torch.Tensor:
+    return q.parts["packed"].to(torch.float32).mul_(q.parts["scale"].unsqueeze(-1))
+
+
 def _decode_groups(q: QuantizedTensor) -> torch.Tensor:
     group_size = q.format.group_size
     assert group_size is not None
@@ -331,6 +341,8 @@ def _with_options(name: str, options: dict[str, Any], where: str) -> Format:
     defaults: dict[str, tuple[Any, ...]] = {}  # option -> (default, other allowed values ...)
     if name == "fp8":
         defaults = {"scale": ("channel", "block"), "symmetric": (True,)}
+    elif name == "int8":
+        defaults = {"scale": ("channel",), "symmetric": (True,)}
     elif name in _GROUP_BITS:
         # Two bits on a symmetric grid are three values; zero points buy the fourth.
         defaults = {

@@ -1,7 +1,8 @@
 """Products on one GPU: right against float64, then timed against the memory limit and torch.
 
 Correct: every format, dtype and row count on odd shapes with fresh random weights; outputs are
-poisoned slices. Timed: CUDA-graph replays over weights that together exceed L2, median of replays.
+poisoned slices. Timed: CUDA-graph replays over weights that together exceed L2, median of replays;
+"limit" is the time a streaming read of the weight takes, measured in the same run, over that.
 Talks to the op library alone, so it runs where the class module is not compiled.
 
     python benchmarks/micro/gemm_cuda.py [--library fastgpt/_ops.so] [--small] [--no-timing]
@@ -20,7 +21,6 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-READ_TBPS = 4.385  # streaming read of an H200, measured with a sum of 4 GiB
 L2_BYTES = 60 << 20
 DEV = "cuda"
 OPS = torch.ops.fastgpt
@@ -54,6 +54,16 @@ def fp8(lead: tuple[int, ...], n: int, k: int, per_block: bool) -> tuple[Tensor,
     return values, (packed, out_scale)
 
 
+def int8(lead: tuple[int, ...], n: int, k: int) -> tuple[Tensor, tuple]:
+    codes = torch.randint(-128, 128, (*lead, n, k), device=DEV, dtype=torch.int8)
+    scale = torch.rand(*lead, n, device=DEV) * 0.01 + 1e-4
+    packed = torch.full((*lead, ceil_div(n, 16), ceil_div(k, 128) * 2, 1024), 0x55, device=DEV)
+    packed = packed.to(torch.int8)
+    out_scale = torch.full_like(scale, float("nan"))
+    OPS.arrange_weight(codes, scale, None, "int8", k, 0, packed, out_scale, None)
+    return codes.double() * scale.double().unsqueeze(-1), (packed, out_scale)
+
+
 def int4(
     lead: tuple[int, ...], n: int, k: int, group_size: int, symmetric: bool
 ) -> tuple[Tensor, tuple]:
@@ -84,6 +94,7 @@ MAKERS: dict[str, Maker] = {
     "fp16": lambda lead, n, k: dense(lead, n, k, torch.float16),
     "fp8": lambda lead, n, k: fp8(lead, n, k, False),
     "fp8_block": lambda lead, n, k: fp8(lead, n, k, True),
+    "int8": int8,
     "int4_g32": lambda lead, n, k: int4(lead, n, k, 32, True),
     "int4_g64_asym": lambda lead, n, k: int4(lead, n, k, 64, False),
     "int4_g128": lambda lead, n, k: int4(lead, n, k, 128, True),
@@ -93,8 +104,8 @@ MAKERS: dict[str, Maker] = {
 
 
 def op(kind: str, name: str) -> Callable[..., None]:
-    suffix = "_fp8" if name.startswith("fp8") else "_int4" if name.startswith("int4") else ""
-    return getattr(OPS, kind + suffix)
+    family = name.split("_")[0]
+    return getattr(OPS, f"{kind}_{family}" if family in ("fp8", "int8", "int4") else kind)
 
 
 # Correctness --------------------------------------------------------------------------------------
@@ -229,6 +240,7 @@ def check_quantizers(check: Checker) -> None:
             forms: list[tuple[str, list, list]] = []
             for shape in ((rows,), (ceil_div(rows, 128), ceil_div(cols, 128))):
                 forms.append(("fp8", [], [((rows, cols), torch.uint8), (shape, torch.float32)]))
+            forms.append(("int8", [], [((rows, cols), torch.int8), ((rows,), torch.float32)]))
             for group in (32, 128):
                 parts = [
                     ((rows, ceil_div(ceil_div(cols, 2), 16) * 16), torch.uint8),
@@ -279,14 +291,20 @@ def random_weight(name: str, n: int, k: int) -> tuple[tuple, int]:
         weight = weight if name == "bf16" else weight.half()
         return (weight,), weight.nbytes
     packed = torch.randint(
-        0, 126, (ceil_div(n, 16), ceil_div(k, 64 if name == "fp8" else 128), 1024),
-        device=DEV, dtype=torch.uint8,
+        0, 126, (ceil_div(n, 16), ceil_div(k, 128) * (1 if name == "int4" else 2), 1024),
+        device=DEV, dtype=torch.int8 if name == "int8" else torch.uint8,
     )  # fmt: skip
-    if name == "fp8":
+    if name != "int4":
         scale = torch.rand(n, device=DEV)
         return (packed, scale), packed.nbytes + scale.nbytes
     scale = torch.rand(ceil_div(n, 16), ceil_div(k, 128), 16, device=DEV).half()
     return (packed, scale, None, 128), packed.nbytes + scale.nbytes
+
+
+def streaming_read() -> float:
+    """TB/s of a sum of 4 GiB."""
+    data = torch.ones(1 << 29, dtype=torch.int64, device=DEV)
+    return data.nbytes / (median_us([partial(torch.sum, data)]) * 1e6)
 
 
 def median_us(calls: list[Callable[[], object]]) -> float:
@@ -310,11 +328,12 @@ def median_us(calls: list[Callable[[], object]]) -> float:
 
 
 TIMED = [
-    ("7b gate_up", 37888, 3584, ("int4", "bf16"), (1, 4, 8, 16, 32, 64, 256, 2048)),
-    ("7b down", 3584, 18944, ("int4", "bf16"), (1, 8, 16, 64, 256)),
-    ("7b qkv", 4608, 3584, ("fp8", "bf16"), (1, 16, 64, 256)),
-    ("7b o", 3584, 3584, ("fp8", "bf16"), (1, 16, 64)),
-    ("7b gate_up", 37888, 3584, ("fp8",), (1, 16, 64, 256)),
+    ("7b gate_up", 37888, 3584, ("int4", "bf16"), (1, 2, 4, 8, 16, 32, 64, 256, 2048)),
+    ("7b down", 3584, 18944, ("int4", "bf16"), (1, 2, 8, 16, 64, 256)),
+    ("7b qkv", 4608, 3584, ("int4", "fp8", "int8", "bf16"), (1, 16, 64, 256)),
+    ("7b o", 3584, 3584, ("int4", "fp8", "int8", "bf16"), (1, 16, 64)),
+    ("7b gate_up", 37888, 3584, ("fp8", "int8"), (1, 16, 64, 256)),
+    ("7b down", 3584, 18944, ("fp8", "int8"), (1, 16)),
     ("1.5b gate_up", 17920, 1536, ("int4", "bf16"), (1, 16, 64)),
     ("1.5b down", 1536, 8960, ("int4", "bf16"), (1, 16, 64)),
     ("1.5b qkv", 2048, 1536, ("fp8", "bf16"), (1, 16)),
@@ -323,7 +342,7 @@ TIMED = [
 ]
 
 
-def time_products() -> Iterator[dict]:
+def time_products(read_tbps: float) -> Iterator[dict]:
     for label, n, k, names, row_counts in TIMED:
         for name in names:
             size = random_weight(name, n, k)[1]
@@ -336,7 +355,7 @@ def time_products() -> Iterator[dict]:
                 ours = median_us([partial(function, x, *w, None, out) for w in weights])
                 row = {"shape": label, "n": n, "k": k, "format": name, "rows": rows}
                 row |= {"us": round(ours, 2), "copies": copies}
-                row["limit"] = round(size / (READ_TBPS * 1e6) / ours, 3)
+                row["limit"] = round(size / (read_tbps * 1e6) / ours, 3)
                 row["tflops"] = round(2e-6 * rows * n * k / ours, 1)
                 if name == "bf16":
                     calls = [partial(torch.mm, x, w[0].T, out=out) for w in weights]
@@ -373,18 +392,29 @@ def main() -> None:
     if args.no_timing:
         raise SystemExit(bool(check.failures))
 
-    rows = list(time_products())
+    read_tbps = streaming_read()
+    rows = list(time_products(read_tbps))
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit}")
+    print(f"streaming read {read_tbps:.3f} TB/s")
     print(f"{'shape':13}{'format':7}{'rows':>5}{'us':>9}{'limit':>7}{'TF/s':>7}{'torch us':>9}")
     for r in rows:
         print(
             f"{r['shape']:13}{r['format']:7}{r['rows']:5}{r['us']:9.1f}{r['limit']:7.2f}"
             f"{r['tflops']:7.0f}{r.get('torch_us', ''):>9}"
         )
-    print(json.dumps({"failures": len(check.failures), "cases": check.count, "times": rows}))
+    print(
+        json.dumps(
+            {
+                "failures": len(check.failures),
+                "cases": check.count,
+                "read_tbps": read_tbps,
+                "times": rows,
+            }
+        )
+    )
     raise SystemExit(bool(check.failures))
 
 

@@ -32,6 +32,7 @@ std::tuple<Shape, Shape, Shape> arranged_shape(const std::string& device_type,
   FASTGPT_CHECK(device_type == "cpu" || device_type == "cuda", "the weight is on '", device_type,
                 "'; expected cpu or cuda");
   const gemm::WeightFormat weight_format = format == "fp8"    ? gemm::WeightFormat::kFp8
+                                           : format == "int8" ? gemm::WeightFormat::kInt8
                                            : format == "int4" ? gemm::WeightFormat::kInt4
                                                               : gemm::WeightFormat::kDense;
   const gemm::ArrangedShape shape =

@@ -30,6 +30,14 @@ void linear_fp8(const Tensor& x, const Tensor& packed, const Tensor& scale,
   });
 }
 
+void linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                 const OptionalTensor& bias, const Tensor& out) {
+  guarded([&] {
+    check_same_device(x, {&packed, &scale, pointer(bias), &out});
+    run_linear(x, {WeightFormat::kInt8, view(packed), view(scale), {}, 0}, bias, out);
+  });
+}
+
 void linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale,
                  const OptionalTensor& zero_point, int64_t group_size, const OptionalTensor& bias,
                  const Tensor& out) {
@@ -66,6 +74,16 @@ void grouped_linear_fp8(const Tensor& x, const Tensor& packed, const Tensor& sca
   });
 }
 
+void grouped_linear_int8(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                         const Tensor& sorted_rows, const Tensor& offsets, int64_t rows_per_token,
+                         const Tensor& out) {
+  guarded([&] {
+    check_same_device(x, {&packed, &scale, &sorted_rows, &offsets, &out});
+    run_grouped(x, {WeightFormat::kInt8, view(packed), view(scale), {}, 0}, sorted_rows, offsets,
+                rows_per_token, out);
+  });
+}
+
 void grouped_linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale,
                          const OptionalTensor& zero_point, int64_t group_size,
                          const Tensor& sorted_rows, const Tensor& offsets, int64_t rows_per_token,
@@ -87,8 +105,9 @@ void batched_linear(const Tensor& x, const Tensor& weight, const Tensor& out) {
 
 WeightFormat format_of(const std::string& name) {
   if (name == "fp8") return WeightFormat::kFp8;
+  if (name == "int8") return WeightFormat::kInt8;
   if (name == "int4") return WeightFormat::kInt4;
-  FASTGPT_CHECK(name == "dense", "format is '", name, "'; expected dense, fp8 or int4");
+  FASTGPT_CHECK(name == "dense", "format is '", name, "'; expected dense, fp8, int8 or int4");
   return WeightFormat::kDense;
 }
 
@@ -111,6 +130,7 @@ void arrange_weight(const Tensor& weight, const OptionalTensor& scale,
 STABLE_TORCH_LIBRARY_FRAGMENT(fastgpt, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_fp8(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor(a!) out) -> ()");
   m.def(
       "linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, int group_size, "
       "Tensor? bias, Tensor(a!) out) -> ()");
@@ -119,6 +139,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgpt, m) {
       "int rows_per_token, Tensor(a!) out) -> ()");
   m.def(
       "grouped_linear_fp8(Tensor x, Tensor packed, Tensor scale, Tensor sorted_rows, "
+      "Tensor offsets, int rows_per_token, Tensor(a!) out) -> ()");
+  m.def(
+      "grouped_linear_int8(Tensor x, Tensor packed, Tensor scale, Tensor sorted_rows, "
       "Tensor offsets, int rows_per_token, Tensor(a!) out) -> ()");
   m.def(
       "grouped_linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, "
@@ -134,9 +157,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgpt, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_int4", TORCH_BOX(&linear_int4));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("grouped_linear_fp8", TORCH_BOX(&grouped_linear_fp8));
+  m.impl("grouped_linear_int8", TORCH_BOX(&grouped_linear_int8));
   m.impl("grouped_linear_int4", TORCH_BOX(&grouped_linear_int4));
   m.impl("batched_linear", TORCH_BOX(&batched_linear));
   m.impl("arrange_weight", TORCH_BOX(&arrange_weight));
@@ -145,9 +170,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_fp8", TORCH_BOX(&linear_fp8));
+  m.impl("linear_int8", TORCH_BOX(&linear_int8));
   m.impl("linear_int4", TORCH_BOX(&linear_int4));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("grouped_linear_fp8", TORCH_BOX(&grouped_linear_fp8));
+  m.impl("grouped_linear_int8", TORCH_BOX(&grouped_linear_int8));
   m.impl("grouped_linear_int4", TORCH_BOX(&grouped_linear_int4));
   m.impl("batched_linear", TORCH_BOX(&batched_linear));
   m.impl("arrange_weight", TORCH_BOX(&arrange_weight));

@@ -7,9 +7,18 @@ namespace {
 using quant::BinaryParams;
 using quant::Fp8Params;
 using quant::Int4Params;
+using quant::Int8Params;
 
 template <void (*op)(const Fp8Params&, const Stream&)>
 void run_fp8(const Tensor& x, const Tensor& packed, const Tensor& scale) {
+  guarded([&] {
+    check_same_device(x, {&packed, &scale});
+    op({view(x), view(packed), view(scale)}, stream_of(x));
+  });
+}
+
+template <void (*op)(const Int8Params&, const Stream&)>
+void run_int8(const Tensor& x, const Tensor& packed, const Tensor& scale) {
   guarded([&] {
     check_same_device(x, {&packed, &scale});
     op({view(x), view(packed), view(scale)}, stream_of(x));
@@ -41,6 +50,14 @@ void dequantize_fp8(const Tensor& packed, const Tensor& scale, const Tensor& out
   run_fp8<quant::dequantize_fp8>(out, packed, scale);
 }
 
+void quantize_int8(const Tensor& x, const Tensor& packed, const Tensor& scale) {
+  run_int8<quant::quantize_int8>(x, packed, scale);
+}
+
+void dequantize_int8(const Tensor& packed, const Tensor& scale, const Tensor& out) {
+  run_int8<quant::dequantize_int8>(out, packed, scale);
+}
+
 void quantize_int4(const Tensor& x, int64_t group_size, const Tensor& packed, const Tensor& scale,
                    const std::optional<Tensor>& zero_point) {
   run_int4<quant::quantize_int4>(x, packed, scale, zero_point, group_size);
@@ -67,6 +84,8 @@ void dequantize_binary(const Tensor& packed, const Tensor& scale, const Tensor& 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastgpt, m) {
   m.def("quantize_fp8(Tensor x, Tensor(a!) packed, Tensor(b!) scale) -> ()");
   m.def("dequantize_fp8(Tensor packed, Tensor scale, Tensor(a!) out) -> ()");
+  m.def("quantize_int8(Tensor x, Tensor(a!) packed, Tensor(b!) scale) -> ()");
+  m.def("dequantize_int8(Tensor packed, Tensor scale, Tensor(a!) out) -> ()");
   m.def(
       "quantize_int4(Tensor x, int group_size, Tensor(a!) packed, Tensor(b!) scale, "
       "Tensor(c!)? zero_point) -> ()");
@@ -80,6 +99,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastgpt, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
   m.impl("dequantize_fp8", TORCH_BOX(&dequantize_fp8));
+  m.impl("quantize_int8", TORCH_BOX(&quantize_int8));
+  m.impl("dequantize_int8", TORCH_BOX(&dequantize_int8));
   m.impl("quantize_int4", TORCH_BOX(&quantize_int4));
   m.impl("dequantize_int4", TORCH_BOX(&dequantize_int4));
   m.impl("quantize_binary", TORCH_BOX(&quantize_binary));
@@ -89,6 +110,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
   m.impl("quantize_fp8", TORCH_BOX(&quantize_fp8));
   m.impl("dequantize_fp8", TORCH_BOX(&dequantize_fp8));
+  m.impl("quantize_int8", TORCH_BOX(&quantize_int8));
+  m.impl("dequantize_int8", TORCH_BOX(&dequantize_int8));
   m.impl("quantize_int4", TORCH_BOX(&quantize_int4));
   m.impl("dequantize_int4", TORCH_BOX(&dequantize_int4));
   m.impl("quantize_binary", TORCH_BOX(&quantize_binary));

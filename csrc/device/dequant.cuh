@@ -94,6 +94,32 @@ __device__ inline void dequant_fp8<__nv_bfloat16>(std::uint32_t word, std::uint3
   pair1 = fma_bf16x2(raw1, kUnit, kMinusZero);
 }
 
+/// Four int8 codes of one word, bytes in column order 0 2 1 3, to columns (0,1) (2,3), exact.
+template <class T>
+__device__ void dequant_int8(std::uint32_t word, std::uint32_t& pair0, std::uint32_t& pair1);
+
+/// float16: the code with its sign bit flipped under the exponent of 1024 reads 1152 + code.
+template <>
+__device__ inline void dequant_int8<__half>(std::uint32_t word, std::uint32_t& pair0,
+                                            std::uint32_t& pair1) {
+  const __half2 zero = half2_of(0xE480E480U);  // -1152
+  pair0 = bits_of(__hadd2(half2_of(and_xor<0x00FF00FFU, 0x64806480U>(word)), zero));
+  pair1 = bits_of(__hadd2(half2_of(and_xor<0x00FF00FFU, 0x64806480U>(word >> 8)), zero));
+}
+
+/// bfloat16: under the exponent of 128 the low seven bits read 128 + bits; the sign bit alone turns
+/// 128 into 256, so the difference of the two is bits - 128 sign.
+template <>
+__device__ inline void dequant_int8<__nv_bfloat16>(std::uint32_t word, std::uint32_t& pair0,
+                                                   std::uint32_t& pair1) {
+  constexpr std::uint32_t kMinusOne = 0xBF80BF80U;
+  const std::uint32_t odd = word >> 8;
+  pair0 = fma_bf16x2(and_or<0x00800080U, 0x43004300U>(word), kMinusOne,
+                     and_or<0x007F007FU, 0x43004300U>(word));
+  pair1 = fma_bf16x2(and_or<0x00800080U, 0x43004300U>(odd), kMinusOne,
+                     and_or<0x007F007FU, 0x43004300U>(odd));
+}
+
 /// One e4m3 code to float, NaN included, and back (round to nearest even, saturating at 448).
 __device__ inline float fp8_to_float(std::uint8_t code) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(code, __NV_E4M3)));

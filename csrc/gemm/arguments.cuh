@@ -14,7 +14,7 @@ namespace fastgpt::gemm {
 struct ProductArgs {
   const void* x;
   const std::uint8_t* packed;      // dense rows, or the layout of layout.cuh
-  const void* scale;               // fp8: float [n] or [ceil(n/128), ceil(k/128)]; int4: layout.cuh
+  const void* scale;               // float [n], fp8 also per 128 x 128; int4: layout.cuh
   const std::uint8_t* zero_point;  // int4 asymmetric; nullptr = 8
   const void* bias;                // [n]; nullptr = none
   void* out;

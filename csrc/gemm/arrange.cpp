@@ -52,17 +52,18 @@ void arrange_weight(const ArrangeParams& p, const Stream& stream) {
   const std::int64_t stacked = p.weight.ndim == 3 ? p.weight.size(0) : -1;
   const std::int64_t n = p.weight.size(-2);
   const ArrangedShape shape = arranged_shape(stream.device_type, p.format, n, p.k, p.group_size);
-  const DType dtype = p.format == WeightFormat::kDense ? p.weight.dtype : DType::kU8;
-  FASTGPT_CHECK(dtype == DType::kU8 || is_floating(dtype), "weight is ", dtype_name(dtype),
+  const bool is_dense = p.format == WeightFormat::kDense;
+  const DType dtype = is_dense ? p.weight.dtype : code_dtype(p.format);
+  FASTGPT_CHECK(!is_dense || is_floating(dtype), "weight is ", dtype_name(dtype),
                 "; expected float32, float16 or bfloat16");
   const std::int64_t groups = p.group_size > 0 ? (p.k + p.group_size - 1) / p.group_size : 0;
   const std::int64_t row_bytes =
       p.format == WeightFormat::kInt4 ? ((p.k + 1) / 2 + 15) / 16 * 16 : p.k;
   check_shape(p.weight, "weight", dtype, stacked, {n, row_bytes});
   check_shape(p.out_packed, "out_packed", dtype, stacked, shape.packed);
-  if (p.format == WeightFormat::kFp8) {
+  if (p.format == WeightFormat::kFp8 || p.format == WeightFormat::kInt8) {
     FASTGPT_CHECK(p.scale.defined, "scale is missing");
-    const bool per_block = p.scale.ndim == (stacked >= 0 ? 3 : 2);
+    const bool per_block = p.format == WeightFormat::kFp8 && p.scale.ndim == (stacked >= 0 ? 3 : 2);
     const std::vector<std::int64_t> scale =
         per_block ? std::vector<std::int64_t>{(n + 127) / 128, (p.k + 127) / 128}
                   : std::vector<std::int64_t>{n};

@@ -25,8 +25,9 @@ void arrange_dense_block(const T* weight, std::int64_t k, std::int64_t columns, 
   }
 }
 
-void arrange_fp8_block(const std::uint8_t* codes, std::int64_t k, std::int64_t columns,
-                       std::uint8_t* out) {
+// One block of codes of a byte, fp8 or int8.
+void arrange_byte_block(const std::uint8_t* codes, bool is_fp8, std::int64_t k,
+                        std::int64_t columns, std::uint8_t* out) {
   constexpr std::int64_t kByte[4] = {0, 2, 1, 3};
   const std::int64_t steps = ceil_div(k, kStep);
   std::memset(out, 0, std::size_t(steps * kStep * kBlockColumns));
@@ -35,7 +36,8 @@ void arrange_fp8_block(const std::uint8_t* codes, std::int64_t k, std::int64_t c
     const std::int64_t lane = c % kPanelColumns;
     for (std::int64_t i = 0; i < k; ++i) {
       const std::uint8_t code = codes[c * k + i];
-      FASTGPT_CHECK((code & 0x7F) != 0x7F, "weight has the NaN code ", int(code), " at column ", i,
+      FASTGPT_CHECK(!is_fp8 || (code & 0x7F) != 0x7F, "weight has the NaN code ", int(code),
+                    " at column ", i,
                     " of a row; expected finite fp8 codes, quantize the weight again");
       const std::int64_t j = i % kStep;
       panel[i / kStep * kStep * kBlockColumns + j / 4 * 64 + lane * 4 + kByte[j % 4]] = code;
@@ -101,8 +103,8 @@ void arrange_weight_cpu(const ArrangeParams& p) {
       const std::int64_t columns = n - row < kBlockColumns ? n - row : kBlockColumns;
       const std::uint8_t* in = p.weight.as<std::uint8_t>() + (i / blocks * n + row) * row_bytes;
       std::uint8_t* out = p.out_packed.as<std::uint8_t>() + i * block_bytes;
-      if (p.format == WeightFormat::kFp8) {
-        arrange_fp8_block(in, p.k, columns, out);
+      if (p.format == WeightFormat::kFp8 || p.format == WeightFormat::kInt8) {
+        arrange_byte_block(in, p.format == WeightFormat::kFp8, p.k, columns, out);
       } else if (p.format == WeightFormat::kInt4) {
         arrange_int4_block(in, row_bytes, layout, columns, out);
       } else if (p.weight.dtype == DType::kF32) {
@@ -117,7 +119,7 @@ void arrange_weight_cpu(const ArrangeParams& p) {
       }
     }
   });
-  if (p.format == WeightFormat::kFp8) {
+  if (p.format == WeightFormat::kFp8 || p.format == WeightFormat::kInt8) {
     std::memcpy(p.out_scale.data, p.scale.data, std::size_t(p.scale.numel()) * sizeof(float));
   } else if (p.format == WeightFormat::kInt4) {
     const std::int64_t groups = layout.num_groups();

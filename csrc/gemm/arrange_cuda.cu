@@ -140,7 +140,7 @@ void arrange_weight_cuda(const ArrangeParams& p, const Stream& stream) {
                          p.weight.size(-1),
                          p.group_size};
   const unsigned ctas = num_ctas(p.out_packed.numel() / 4);
-  if (p.format == WeightFormat::kFp8) {
+  if (p.format == WeightFormat::kFp8 || p.format == WeightFormat::kInt8) {  // bytes either way
     arrange_kernel<WeightFormat::kFp8><<<ctas, kThreads, 0, handle>>>(args);
     FASTGPT_CUDA_TRY(cudaGetLastError());
     FASTGPT_CUDA_TRY(cudaMemcpyAsync(p.out_scale.data, p.scale.data,

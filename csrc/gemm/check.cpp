@@ -57,11 +57,11 @@ void check_weight(const WeightView& w, std::int64_t n, std::int64_t k, std::int6
     FASTGPT_CHECK(w.packed.is_contiguous(), "arranged weight is not contiguous");
     return;
   }
-  if (w.format == WeightFormat::kFp8) {
+  if (w.format == WeightFormat::kFp8 || w.format == WeightFormat::kInt8) {
     const Shape packed = arranged_shape(device_type, w.format, n, k, 0).packed;
-    check_part(w.packed, "packed", DType::kU8, with_stack(packed, stacked));
+    check_part(w.packed, "packed", code_dtype(w.format), with_stack(packed, stacked));
     FASTGPT_CHECK(w.scale.defined, "scale is missing");
-    const bool per_block = w.scale.ndim == (stacked >= 0 ? 3 : 2);
+    const bool per_block = w.format == WeightFormat::kFp8 && w.scale.ndim == (stacked >= 0 ? 3 : 2);
     check_part(w.scale, "scale", DType::kF32,
                with_stack(per_block ? Shape{(n + 127) / 128, (k + 127) / 128} : Shape{n}, stacked));
     return;

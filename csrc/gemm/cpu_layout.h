@@ -8,7 +8,7 @@
 // so the whole block is one sequential stream. Inside a panel's step (lane = column, k = 0..7):
 //     float32, float16   [k][lane]
 //     bfloat16           [k / 2][lane][k % 2]                  pairs, as vdpbf16ps takes them
-//     fp8                [k / 4][lane][byte b]: k % 4 = 0 2 1 3 for b = 0 1 2 3, so that the low
+//     fp8, int8          [k / 4][lane][byte b]: k % 4 = 0 2 1 3 for b = 0 1 2 3, so that the low
 //                        bytes of the two 16-bit halves are one pair and the high bytes the next
 //     int4               [lane], one 32-bit word: k = 0 2 4 6 in the nibbles of its low half,
 //                        k = 1 3 5 7 in the high half; nibble = code ^ 8, code - 8 in two's

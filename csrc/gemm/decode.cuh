@@ -266,8 +266,8 @@ __global__ void __launch_bounds__(32 * kDecodeMaxWarps)
     if (n0 + column >= p.n) continue;
     float total = 0.0F;
     for (int w = 0; w < num_warps; ++w) total += sums[(w * 8 * kTilesX + row) * kPitch + column];
-    if constexpr (kFormat == WeightFormat::kFp8) {
-      total *= device::kFp8Unit<X>;
+    if constexpr (kHasChannelScale<kFormat>) {
+      total *= kCodeUnit<kFormat, X>;
       if (!p.block_scale) total *= reinterpret_cast<const float*>(scale)[n0 + column];
     }
     store_product(p, out_offset(p, tile, row), n0 + column, total);

@@ -7,6 +7,14 @@
 
 namespace fastgpt::gemm {
 
+/// Formats of a byte a code, with a scale per channel that meets the finished sum, and in what
+/// units of it codes are multiplied.
+template <WeightFormat kFormat>
+inline constexpr bool kHasChannelScale =
+    kFormat == WeightFormat::kFp8 || kFormat == WeightFormat::kInt8;
+template <WeightFormat kFormat, class T>
+inline constexpr float kCodeUnit = kFormat == WeightFormat::kFp8 ? device::kFp8Unit<T> : 1.0F;
+
 /// Bytes that one lane owns of one slot: rows g and g + 8, eight columns each.
 template <WeightFormat kFormat>
 struct Slot;
@@ -16,6 +24,10 @@ struct Slot<WeightFormat::kInt4> {
 };
 template <>
 struct Slot<WeightFormat::kFp8> {
+  uint2 rows[2];
+};
+template <>
+struct Slot<WeightFormat::kInt8> {
   uint2 rows[2];
 };
 template <>
@@ -34,7 +46,7 @@ __device__ Slot<kFormat> slot_of(const uint4* pieces, int a) {
     if constexpr (kFormat == WeightFormat::kInt4) {
       const std::uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
       slot.rows[half] = words[a % kSlots];
-    } else if constexpr (kFormat == WeightFormat::kFp8) {
+    } else if constexpr (blob_cols(kFormat) == 64) {
       slot.rows[half] =
           a % kSlots == 0 ? make_uint2(piece.x, piece.y) : make_uint2(piece.z, piece.w);
     } else {
@@ -84,6 +96,9 @@ __device__ void slot_operands(const Slot<kFormat>& slot, const SlotZero<kFormat,
     } else if constexpr (kFormat == WeightFormat::kFp8) {
       device::dequant_fp8<T>(slot.rows[half].x, pairs[0], pairs[1]);
       device::dequant_fp8<T>(slot.rows[half].y, pairs[2], pairs[3]);
+    } else if constexpr (kFormat == WeightFormat::kInt8) {
+      device::dequant_int8<T>(slot.rows[half].x, pairs[0], pairs[1]);
+      device::dequant_int8<T>(slot.rows[half].y, pairs[2], pairs[3]);
     } else {
       pairs[0] = slot.rows[half].x;
       pairs[1] = slot.rows[half].y;

@@ -10,12 +10,13 @@
 //
 //     int4   4 slots a blob (128 columns), 4 bytes a slot, nibbles in column order 0 2 4 6 1 3 5 7
 //     fp8    2 slots a blob ( 64 columns), 8 bytes a slot, bytes in column order 0 2 1 3 | 4 6 5 7
+//     int8   as fp8
 //     dense  1 slot  a blob ( 32 columns), 16 bytes a slot; built by the copy to shared memory
 //
 // Columns are padded to a multiple of 128 and rows to one of 16 with codes that mean zero.
 // packed: [ceil(n/16), ceil(k/cols)][1024]; int4 scale (float16) and zero_point (uint8):
 // [ceil(n/16), groups of the padded columns, 16], so the scales of a warp's tile are contiguous.
-// fp8 scales stay canonical. Group sizes over 128 are split into groups of 128.
+// fp8 and int8 scales stay canonical. Group sizes over 128 are split into groups of 128.
 #pragma once
 #include <cstdint>
 
@@ -39,7 +40,7 @@ FASTGPT_HOST_DEVICE constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t
 }
 
 FASTGPT_HOST_DEVICE constexpr int blob_cols(WeightFormat format) {
-  return format == WeightFormat::kInt4 ? 128 : format == WeightFormat::kFp8 ? 64 : 32;
+  return format == WeightFormat::kInt4 ? 128 : format == WeightFormat::kDense ? 32 : 64;
 }
 
 /// Bytes of 16 rows of packed.

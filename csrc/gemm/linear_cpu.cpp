@@ -36,6 +36,7 @@ PanelKernels kernels() {
 Storage storage_of(const WeightView& w, bool row_major) {
   if (row_major) return Storage::kRowMajor;
   if (w.format == WeightFormat::kFp8) return Storage::kFp8;
+  if (w.format == WeightFormat::kInt8) return Storage::kInt8;
   if (w.format == WeightFormat::kInt4) return Storage::kInt4;
   if (w.packed.dtype == DType::kF32) return Storage::kF32;
   return w.packed.dtype == DType::kF16 ? Storage::kF16 : Storage::kBF16;
@@ -151,7 +152,7 @@ Plan make_plan(const WeightView& w, std::int64_t n, std::int64_t k, bool stacked
   const int bytes = dtype_bytes(w.packed.dtype);
   t.row_bytes = row_major ? w.packed.stride(-2) * bytes : 0;
   if (stacked) plan.weight_bytes = w.packed.stride(0) * bytes;
-  if (w.format == WeightFormat::kFp8) {
+  if (w.format == WeightFormat::kFp8 || w.format == WeightFormat::kInt8) {
     if (w.scale.ndim == (stacked ? 3 : 2)) {
       t.block_scale = w.scale.as<float>();
       t.segment_steps = kFp8Block / kStep;

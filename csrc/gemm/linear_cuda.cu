@@ -22,7 +22,7 @@ void set_weight(ProductArgs& args, const WeightView& weight, bool stacked) {
     args.weight_row_bytes = weight.packed.stride(-2) * bytes;
   } else if (weight.format == WeightFormat::kFp8) {
     args.block_scale = weight.scale.ndim == (stacked ? 3 : 2);
-  } else {
+  } else if (weight.format == WeightFormat::kInt4) {
     args.group_size = arranged_group_size(weight.group_size);
   }
   if (!stacked) return;
@@ -47,6 +47,8 @@ void product(ProductArgs& args, WeightFormat format, int num_batches, cudaStream
       return int4_product(args, num_batches, traits, stream);
     case WeightFormat::kFp8:
       return fp8_product(args, num_batches, traits, stream);
+    case WeightFormat::kInt8:
+      return int8_product(args, num_batches, traits, stream);
     case WeightFormat::kDense:
       if (!args.weight_aligned || !is_half(args.weight_dtype)) {
         return simt_product(args, format, num_batches, stream);

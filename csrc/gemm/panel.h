@@ -7,7 +7,7 @@
 
 namespace fastgpt::gemm {
 
-enum class Storage { kF32, kF16, kBF16, kFp8, kInt4, kRowMajor };
+enum class Storage { kF32, kF16, kBF16, kFp8, kInt8, kInt4, kRowMajor };
 
 /// Columns past `n` and values past k are computed on zeros and not stored.
 struct PanelTask {
@@ -40,7 +40,7 @@ struct PanelTask {
 /// whatever num_rows and the block range are.
 struct PanelKernels {
   void (*f32)(const PanelTask&);   // x rows are float32
-  void (*bf16)(const PanelTask&);  // x rows are bfloat16; storage bf16, fp8, int4 or bf16 rows
+  void (*bf16)(const PanelTask&);  // x rows are bfloat16; not kF32 and kF16
 };
 
 PanelKernels panel_kernels_portable();

@@ -66,10 +66,15 @@ struct V {
     return {e4m3_half(_mm256_srli_epi32(a.low, kShift)),
             e4m3_half(_mm256_srli_epi32(a.high, kShift))};
   }
+  /// The signed byte at bit kShift of every word.
+  template <int kShift>
+  static F signed_byte(I a) {
+    return {signed_half<8, kShift>(a.low), signed_half<8, kShift>(a.high)};
+  }
   /// The signed nibble at bit kShift of every word.
   template <int kShift>
   static F nibble(I a) {
-    return {nibble_half<kShift>(a.low), nibble_half<kShift>(a.high)};
+    return {signed_half<4, kShift>(a.low), signed_half<4, kShift>(a.high)};
   }
   static F as_float(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
   static F half_low(I a) {
@@ -117,9 +122,10 @@ struct V {
     const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(byte, _mm256_set1_epi32(0x80)), 24);
     return _mm256_or_ps(value, _mm256_castsi256_ps(sign));
   }
-  template <int kShift>
-  static __m256 nibble_half(__m256i words) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 28 - kShift), 28));
+  template <int kBits, int kShift>
+  static __m256 signed_half(__m256i words) {
+    return _mm256_cvtepi32_ps(
+        _mm256_srai_epi32(_mm256_slli_epi32(words, 32 - kBits - kShift), 32 - kBits));
   }
   static __m256i bf16_words(__m256 a) {
     const __m256i bits = _mm256_castps_si256(a);

@@ -24,6 +24,14 @@ struct PairsFp8 {
   }
 };
 
+struct PairsInt8 {
+  static constexpr std::int64_t kBytes = 128;
+  template <int J>
+  static __m512i get(const std::uint8_t* w) {
+    return V::signed_byte_pair<J % 2>(V::load_i(w + J / 2 * 64));
+  }
+};
+
 struct PairsInt4 {
   static constexpr std::int64_t kBytes = 64;
   // One shift and a table; the index uses five bits, so the table holds the 16 values twice.
@@ -65,6 +73,8 @@ void run_bf16(const PanelTask& t) {
       return run<ComputeBF16, PairsBF16>(t);
     case Storage::kFp8:
       return run<ComputeBF16, PairsFp8>(t);
+    case Storage::kInt8:
+      return run<ComputeBF16, PairsInt8>(t);
     case Storage::kInt4:
       return run<ComputeBF16, PairsInt4>(t);
     case Storage::kRowMajor:

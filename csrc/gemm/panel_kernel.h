@@ -90,6 +90,14 @@ struct LoadFp8 {
     return V::template e4m3<8 * kByte[J % 4]>(V::load_i(w + J / 4 * 64));
   }
 };
+struct LoadInt8 {
+  static constexpr std::int64_t kBytes = 128;
+  template <int J>
+  static V::F get(const std::uint8_t* w) {
+    constexpr int kByte[4] = {0, 2, 1, 3};
+    return V::template signed_byte<8 * kByte[J % 4]>(V::load_i(w + J / 4 * 64));
+  }
+};
 struct LoadInt4 {
   static constexpr std::int64_t kBytes = 64;
   template <int J>
@@ -383,6 +391,8 @@ void run_f32(const PanelTask& t) {
       return run<ComputeF32, LoadBF16>(t);
     case Storage::kFp8:
       return run<ComputeF32, LoadFp8>(t);
+    case Storage::kInt8:
+      return run<ComputeF32, LoadInt8>(t);
     case Storage::kInt4:
       return run<ComputeF32, LoadInt4>(t);
     case Storage::kRowMajor:

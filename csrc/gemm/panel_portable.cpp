@@ -87,6 +87,12 @@ struct V {
       return reinterpret_cast<Float4>(bits | ((byte & 0x80) << 24));
     });
   }
+  /// The signed byte at bit kShift of every word.
+  template <int kShift>
+  static F signed_byte(I a) {
+    return each(
+        [&](int i) { return __builtin_convertvector((a.v[i] << (24 - kShift)) >> 24, Float4); });
+  }
   /// The signed nibble at bit kShift of every word.
   template <int kShift>
   static F nibble(I a) {

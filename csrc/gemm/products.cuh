@@ -10,6 +10,8 @@ void int4_product(const ProductArgs& args, int num_batches, const device::Traits
                   cudaStream_t stream);
 void fp8_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
                  cudaStream_t stream);
+void int8_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
+                  cudaStream_t stream);
 void dense_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
                    cudaStream_t stream);
 void mixed_product(const ProductArgs& args, int num_batches, const device::Traits& traits,

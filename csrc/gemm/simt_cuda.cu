@@ -44,6 +44,24 @@ struct Fp8Reader {
   }
 };
 
+struct Int8Reader {
+  static constexpr WeightFormat kFormat = WeightFormat::kInt8;
+  __device__ static void read(const ProductArgs& p, int weight, std::int64_t row,
+                              std::int64_t column, float (&values)[4]) {
+    const std::int64_t offset =
+        packed_offset(kFormat, row, column, p.k) + (column % 8 >= 4 ? 4 : 0);
+    const auto word =
+        *reinterpret_cast<const std::uint32_t*>(p.packed + weight * p.weight_batch_bytes + offset);
+    const auto* scale = reinterpret_cast<const float*>(static_cast<const char*>(p.scale) +
+                                                       weight * p.scale_batch_bytes);
+    constexpr int kByte[4] = {0, 2, 1, 3};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = float(std::int8_t(word >> (8 * kByte[i]))) * scale[row];
+    }
+  }
+};
+
 struct Int4Reader {
   static constexpr WeightFormat kFormat = WeightFormat::kInt4;
   __device__ static void read(const ProductArgs& p, int weight, std::int64_t row,
@@ -194,6 +212,8 @@ void simt_product(const ProductArgs& args, WeightFormat format, int num_batches,
   switch (format) {
     case WeightFormat::kFp8:
       return launch<Fp8Reader>(args, num_batches, stream);
+    case WeightFormat::kInt8:
+      return launch<Int8Reader>(args, num_batches, stream);
     case WeightFormat::kInt4:
       return launch<Int4Reader>(args, num_batches, stream);
     case WeightFormat::kDense:

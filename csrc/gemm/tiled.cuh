@@ -241,8 +241,8 @@ __global__ void __launch_bounds__(kTiledThreads, 2)
   const std::int64_t n = n0 + thread % kTiledN;
   if (n >= p.n) return;
   float unit = 1.0F;
-  if constexpr (kFormat == WeightFormat::kFp8) {
-    unit = device::kFp8Unit<X>;
+  if constexpr (kHasChannelScale<kFormat>) {
+    unit = kCodeUnit<kFormat, X>;
     if (!p.block_scale) unit *= reinterpret_cast<const float*>(scale)[n];
   }
   for (int row = thread / kTiledN; row < tile.count; row += kTiledThreads / kTiledN) {

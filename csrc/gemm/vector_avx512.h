@@ -66,6 +66,21 @@ struct V {
     const I pair = e4m3_pair<kShift / 8 % 2>(a);
     return kShift < 16 ? bf16_low(pair) : bf16_high(pair);
   }
+  /// The signed byte at bit kShift of every word.
+  template <int kShift>
+  static F signed_byte(I a) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a, 24 - kShift), 24));
+  }
+  /// Two signed bytes of every word as bfloat16, exact: the low bytes of its 16-bit halves (kByte
+  /// 0) or the high ones (kByte 1).
+  template <int kByte>
+  static I signed_byte_pair(I a) {
+    const I low = _mm512_castps_si512(signed_byte<8 * kByte>(a));
+    const I high = _mm512_castps_si512(signed_byte<8 * kByte + 16>(a));
+    constexpr int kSelect = 0xD8;  // c ? b : a
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high,
+                                     _mm512_set1_epi32(int(0xFFFF0000U)), kSelect);
+  }
   /// The signed nibble at bit kShift of every word: one shift and a table of 16 floats, whose
   /// index uses the low four bits alone.
   template <int kShift>

@@ -41,6 +41,12 @@ void check(const Fp8Params& p) {
   }
 }
 
+void check(const Int8Params& p) {
+  check_values(p.x, 2);
+  check_part(p.packed, "packed", DType::kI8, {p.x.size(0), p.x.size(1)});
+  check_part(p.scale, "scale", DType::kF32, {p.x.size(0)});
+}
+
 void check(const Int4Params& p) {
   check_values(p.x, 2);
   FASTGPT_CHECK(p.group_size >= 2 && p.group_size % 2 == 0, "group_size is ", p.group_size,
@@ -73,6 +79,18 @@ void dequantize_fp8(const Fp8Params& p, const Stream& stream) {
   check(p);
   if (p.x.numel() == 0) return;
   FASTGPT_DISPATCH(stream, dequantize_fp8, p);
+}
+
+void quantize_int8(const Int8Params& p, const Stream& stream) {
+  check(p);
+  if (p.x.numel() == 0) return;
+  FASTGPT_DISPATCH(stream, quantize_int8, p);
+}
+
+void dequantize_int8(const Int8Params& p, const Stream& stream) {
+  check(p);
+  if (p.x.numel() == 0) return;
+  FASTGPT_DISPATCH(stream, dequantize_int8, p);
 }
 
 void quantize_int4(const Int4Params& p, const Stream& stream) {

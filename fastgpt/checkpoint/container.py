@@ -27,7 +27,7 @@ import xxhash
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.checkpoint.safetensors import DTYPES, SafetensorsFile, TensorEntry
-from fastgpt.errors import CheckpointError, ConfigError, UnsupportedFormat
+from fastgpt.errors import CheckpointError, ConfigError
 from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor, part_name
 
 __all__ = [
@@ -284,7 +284,7 @@ class Container(Checkpoint):
             fmt = Format.parse(record.format, f"tensor {name!r}")
             fmt.parts(record.shape)
             return fmt
-        except (ConfigError, UnsupportedFormat) as error:
+        except ConfigError as error:
             self._fail(f"cannot be used: {error}")
 
     def _check_layout(self) -> None:

@@ -13,9 +13,11 @@ from fastgpt.ops.quant import (
     dequantize_binary,
     dequantize_fp8,
     dequantize_int4,
+    dequantize_int8,
     quantize_binary,
     quantize_fp8,
     quantize_int4,
+    quantize_int8,
 )
 from fastgpt.ops.sampling import penalize, record_tokens, sample
 
@@ -29,6 +31,7 @@ __all__ = [
     "dequantize_binary",
     "dequantize_fp8",
     "dequantize_int4",
+    "dequantize_int8",
     "embedding",
     "grouped_linear",
     "linear",
@@ -40,6 +43,7 @@ __all__ = [
     "quantize_binary",
     "quantize_fp8",
     "quantize_int4",
+    "quantize_int8",
     "record_tokens",
     "rms_norm",
     "rotary",

@@ -1,4 +1,4 @@
-"""Products with weights: dense, fp8 and int4, one weight, one per head, or one per expert.
+"""Products with weights: dense, fp8, int8 and int4, one weight, one per head, or one per expert.
 
 A weight is stored on disk in its canonical form (fastgpt.scheme). `arrange` turns it into the
 layout of the kernels of the device it lies on; that layout is private and may change.
@@ -21,7 +21,7 @@ _ops = torch.ops.fastgpt
 
 _DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NARROW = {"int3": 3, "int2": 2}  # computed as int4, which holds their codes
-_FORMATS = (*_DENSE, "fp8", "int4", *_NARROW)
+_FORMATS = (*_DENSE, "fp8", "int8", "int4", *_NARROW)
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, str], Tensor]
 
@@ -31,11 +31,11 @@ class ArrangedWeight:
     """A weight [out_features, in_features] in the kernels' layout, or a stack of such weights.
 
     Attributes:
-        format: "fp32", "bf16", "fp16", "fp8" or "int4".
+        format: "fp32", "bf16", "fp16", "fp8", "int8" or "int4".
         num_weights: length of the stack, None for a single weight.
         group_size: int4: values that share a scale; else 0.
         packed: codes or values, in the private layout of its device.
-        scale: fp8 and int4.
+        scale: fp8, int8 and int4.
         zero_point: int4 asymmetric.
     """
 
@@ -75,13 +75,13 @@ def arrange(
     batched_linear take it.
 
     Args:
-        weight: dense values [n, k] in the format's dtype; fp8: uint8 e4m3fn codes [n, k]; int4:
-            uint8 [n, round_up(ceil(k / 2), 16)].
-        scale: fp8: float32 [n] or [ceil(n / 128), ceil(k / 128)]; int4: float16
+        weight: dense values [n, k] in the format's dtype; fp8: uint8 e4m3fn codes [n, k]; int8:
+            int8 codes [n, k]; int4: uint8 [n, round_up(ceil(k / 2), 16)].
+        scale: fp8: float32 [n] or [ceil(n / 128), ceil(k / 128)]; int8: float32 [n]; int4: float16
             [n, ceil(k / group_size)].
         zero_point: int4 asymmetric: uint8, shape of scale.
-        format: "fp32", "bf16", "fp16", "fp8", "int4", "int3" or "int2". The last two take the
-            memory of int4 and its kernels: their codes are widened here.
+        format: "fp32", "bf16", "fp16", "fp8", "int8", "int4", "int3" or "int2". The last two take
+            the memory of int4 and its kernels: their codes are widened here.
         in_features: k; needed for integers, whose rows are padded.
         group_size: integers: values that share a scale, even.
         allocate: function of (shape, dtype, suffix) that returns an uninitialized tensor on the
@@ -122,7 +122,7 @@ def arrange(
         raise InvalidArgument(f"scale is missing; format {format} needs it")
     if scale is not None and kind != "dense":
         scale = scale.contiguous()
-        shape = tuple(scale.shape) if kind == "fp8" else (*stack, *shapes[1])
+        shape = (*stack, *shapes[1]) if kind == "int4" else tuple(scale.shape)
         out_scale = empty(shape, scale.dtype, "scale")
     if zero_point is not None:
         if kind != "int4":
@@ -172,13 +172,14 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _run(name: str, x: Tensor, weight: Tensor | ArrangedWeight, *rest: Any) -> None:
-    """Call fastgpt::<name>, <name>_fp8 or <name>_int4 by the weight's format."""
+    """Call fastgpt::<name> or <name>_<format> by the weight's format."""
     if isinstance(weight, Tensor):
         call(getattr(_ops, name).default, x, weight, *rest)
     elif weight.format in _DENSE:
         call(getattr(_ops, name).default, x, weight.packed, *rest)
-    elif weight.format == "fp8":
-        call(getattr(_ops, f"{name}_fp8").default, x, weight.packed, weight.scale, *rest)
+    elif weight.format in ("fp8", "int8"):
+        function = getattr(_ops, f"{name}_{weight.format}").default
+        call(function, x, weight.packed, weight.scale, *rest)
     else:
         call(
             getattr(_ops, f"{name}_int4").default,
@@ -201,8 +202,8 @@ def linear(
     """Return x @ weight.T + bias.
 
     float32 x is multiplied in float32. On the CPU a row of the result has the same bits in every
-    batch. bfloat16 x with a bf16, fp8 or int4 weight uses bfloat16 products (fp8 and int4 codes
-    are exact in it) summed in float32.
+    batch. bfloat16 x with a bf16 or quantized weight uses bfloat16 products (codes are exact in
+    it) summed in float32.
 
     Args:
         x: [num_rows, k]; float32, bfloat16 or float16, last dimension contiguous.
@@ -285,6 +286,11 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor
     return None
 
 
+@torch.library.register_fake("fastgpt::linear_int8")
+def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    return None
+
+
 @torch.library.register_fake("fastgpt::linear_int4")
 def _(
     x: Tensor,
@@ -311,6 +317,19 @@ def _(
 
 
 @torch.library.register_fake("fastgpt::grouped_linear_fp8")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    sorted_rows: Tensor,
+    offsets: Tensor,
+    rows_per_token: int,
+    out: Tensor,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("fastgpt::grouped_linear_int8")
 def _(
     x: Tensor,
     packed: Tensor,

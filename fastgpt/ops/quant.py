@@ -1,6 +1,6 @@
-"""Weights to and from their canonical quantized forms: fp8, int4, binary (fastgpt.scheme).
+"""Weights to and from their canonical quantized forms: fp8, int8, int4, binary (fastgpt.scheme).
 
-x = (code - zero_point) * scale            int4, fp8 (zero_point 0)
+x = (code - zero_point) * scale            int4; fp8, int8: zero_point 0
 x = offset + (bit ? scale : -scale)        binary
 """
 
@@ -13,9 +13,11 @@ __all__ = [
     "dequantize_binary",
     "dequantize_fp8",
     "dequantize_int4",
+    "dequantize_int8",
     "quantize_binary",
     "quantize_fp8",
     "quantize_int4",
+    "quantize_int8",
 ]
 
 _ops = torch.ops.fastgpt
@@ -70,6 +72,49 @@ def dequantize_fp8(
     if out is None:
         out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
     call(_ops.dequantize_fp8.default, packed, scale, out)
+    return out
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (packed, scale): codes -127 .. 127 with scale = amax / 127, rounded to nearest even.
+
+    Args:
+        x: [rows, cols]; float32, bfloat16 or float16, last dimension contiguous, finite.
+
+    Returns:
+        packed: int8 [rows, cols]; scale: float32 [rows], 1 where all values are zero.
+
+    Raises:
+        InvalidArgument: if shapes, dtypes or strides do not fit; on the CPU also if a value is NaN
+            or infinite (on CUDA the row's scale is NaN).
+    """
+    packed = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    call(_ops.quantize_int8.default, x, packed, scale)
+    return packed, scale
+
+
+def dequantize_int8(
+    packed: Tensor,
+    scale: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return packed * scale, computed in float32 and rounded once.
+
+    Args:
+        packed: int8 [rows, cols], contiguous.
+        scale: float32 [rows], contiguous.
+        dtype: of the result when out is None.
+        out: where to write, [rows, cols], rows may be strided; allocated if None.
+
+    Raises:
+        InvalidArgument: if shapes, dtypes or strides do not fit.
+    """
+    if out is None:
+        out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
+    call(_ops.dequantize_int8.default, packed, scale, out)
     return out
 
 
@@ -194,6 +239,16 @@ def _(x: Tensor, packed: Tensor, scale: Tensor) -> None:
 
 
 @torch.library.register_fake("fastgpt::dequantize_fp8")
+def _(packed: Tensor, scale: Tensor, out: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("fastgpt::quantize_int8")
+def _(x: Tensor, packed: Tensor, scale: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("fastgpt::dequantize_int8")
 def _(packed: Tensor, scale: Tensor, out: Tensor) -> None:
     return None
 

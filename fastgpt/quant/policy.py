@@ -102,7 +102,6 @@ class Policy:
 
         Raises:
             ConfigError: an unknown key or preset, a malformed value.
-            UnsupportedFormat: a format this version does not compute.
         """
         if config is None or isinstance(config, str):
             name = "four-tier" if config is None else config

@@ -75,7 +75,6 @@ class Quantizer:
 
     Raises:
         ConfigError: an unknown key, a malformed value.
-        UnsupportedFormat: a format this version does not compute.
         CheckpointError: the checkpoint cannot be read.
 
     >>> Quantizer("DeepSeek-R1-Distill-Qwen-1.5B").convert().save("m.pt")  # doctest: +SKIP

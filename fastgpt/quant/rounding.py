@@ -1,7 +1,7 @@
 """Round one tensor to its stored form: round-to-nearest, no data needed.
 
-On the CPU the native ops do fp8 and int4, three to five times as fast; `round_in_torch` gives the
-same bits on any device, and is what they are tested against.
+On the CPU the native ops do fp8, int8 and int4, three to five times as fast; `round_in_torch` gives
+the same bits on any device, and is what they are tested against.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastgpt.scheme import BLOCK, PLAIN_DTYPES, Format, QuantizedTensor
 __all__ = ["binary_residual", "round_in_torch", "round_tensor"]
 
 _FP8_MAX = 448.0  # largest finite e4m3fn
+_INT8_MAX = 127.0  # of the codes that rounding gives
 _FP16_MAX = 65504.0
 _FP16_TINY = 2.0**-24  # smallest positive fp16, also the smallest int4 scale
 _MAX_FOLD = 64.0  # a group whose residuals leave 1/64 .. 64 stores magnitude, not clusters
@@ -25,7 +26,7 @@ def round_tensor(weight: torch.Tensor, fmt: Format, name: str) -> torch.Tensor |
     """Return `weight` in the stored form `fmt`.
 
     Args:
-        weight: [n] for binary, [..., n, k] for fp8 and int4, any shape for plain formats; fp32,
+        weight: [n] for binary, [..., n, k] for fp8 and integers, any shape for plain formats; fp32,
             bf16 or fp16.
         fmt: the target format.
         name: the tensor's name, for messages.
@@ -40,7 +41,7 @@ def round_tensor(weight: torch.Tensor, fmt: Format, name: str) -> torch.Tensor |
     if fmt.is_plain:
         return _to_plain(weight, fmt, name)
     fmt.parts(tuple(weight.shape))  # refuses a rank the format cannot store
-    if weight.device.type == "cpu" and fmt.name in {"fp8", "int4"} and fmt.scale != "block":
+    if weight.device.type == "cpu" and fmt.name in {"fp8", "int8", "int4"} and fmt.scale != "block":
         return _round_native(weight.contiguous(), fmt, name)
     return round_in_torch(weight, fmt, name)
 
@@ -50,7 +51,12 @@ def round_in_torch(weight: torch.Tensor, fmt: Format, name: str) -> QuantizedTen
     x = weight.to(torch.float32)
     if fmt.has_groups and fmt.bits < 4:
         return _round_groups(x, fmt, name)
-    rounders = {"fp8": _round_fp8, "int4": _round_int4, "binary": _round_binary}
+    rounders = {
+        "fp8": _round_fp8,
+        "int8": _round_int8,
+        "int4": _round_int4,
+        "binary": _round_binary,
+    }
     try:
         return rounders[fmt.name](x, fmt)
     except ConfigError as error:
@@ -76,6 +82,8 @@ def _round_native(weight: torch.Tensor, fmt: Format, name: str) -> QuantizedTens
     try:
         if fmt.name == "fp8":
             parts = dict(zip(("packed", "scale"), ops.quantize_fp8(rows), strict=True))
+        elif fmt.name == "int8":
+            parts = dict(zip(("packed", "scale"), ops.quantize_int8(rows), strict=True))
         else:
             assert fmt.group_size is not None
             packed, scale, zero_point = ops.quantize_int4(
@@ -141,6 +149,13 @@ def _round_fp8(x: torch.Tensor, fmt: Format) -> QuantizedTensor:
         per_value = per_row.repeat_interleave(BLOCK, dim=-1)[..., :cols]
     codes = (x / per_value).clamp_(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
     return QuantizedTensor(fmt, shape, {"packed": codes.view(torch.uint8), "scale": scale})
+
+
+def _round_int8(x: torch.Tensor, fmt: Format) -> QuantizedTensor:
+    scale = _positive_scale(x.abs().amax(-1), _INT8_MAX)
+    codes = torch.round(x / scale.unsqueeze(-1)).clamp_(-_INT8_MAX, _INT8_MAX)
+    parts = {"packed": codes.to(torch.int8), "scale": scale}
+    return QuantizedTensor(fmt, tuple(x.shape), parts)
 
 
 def _round_int4(x: torch.Tensor, fmt: Format) -> QuantizedTensor:

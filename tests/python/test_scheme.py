@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt.errors import CheckpointError, ConfigError, UnsupportedFormat
+from fastgpt.errors import CheckpointError, ConfigError
 from fastgpt.scheme import AVAILABLE_FORMATS, Format, QuantizedTensor, part_name
 
 INT4_FORMATS = [
@@ -30,12 +30,6 @@ def test_int4_options_survive_their_json(value: dict):
     assert (fmt.group_size, fmt.symmetric) == (value["group_size"], value["symmetric"])
 
 
-@pytest.mark.parametrize("name", ["int8"])
-def test_format_known_but_not_computed_is_unsupported(name: str):
-    with pytest.raises(UnsupportedFormat, match=r"available: .*int4"):
-        Format.parse(name)
-
-
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -44,6 +38,8 @@ def test_format_known_but_not_computed_is_unsupported(name: str):
         ({"format": "int4", "group_size": 100}, "int4 takes 128, 32, 64"),
         ({"format": "int4", "group_size": True}, "group_size is True"),
         ({"format": "fp8", "group_size": 128}, "no option 'group_size'"),
+        ({"format": "int8", "scale": "block"}, "scale is 'block'; int8 takes channel"),
+        ({"format": "int8", "symmetric": False}, "symmetric is False; int8 takes True"),
         ({"format": "fp16", "scale": "channel"}, "takes no options"),
         ({"group_size": 64}, "format None"),
         (4, "expected a format name"),
@@ -141,6 +137,18 @@ def test_binary_decodes_as_its_definition(n: int, seed: int):
         for i in range(n)
     ]
     np.testing.assert_array_equal(q.dequantize().numpy(), np.array(expected, dtype=np.float32))
+
+
+def test_int8_decodes_every_code():
+    fmt = Format.parse("int8")
+    assert Format.parse(fmt.to_json()) == fmt
+    assert str(fmt) == "int8"
+    codes = torch.arange(-128, 128, dtype=torch.int8).view(2, 128)
+    scale = torch.tensor([0.5, 3.0])
+    values = QuantizedTensor(fmt, (2, 128), {"packed": codes, "scale": scale}).dequantize()
+    assert torch.equal(values[0], torch.arange(-128, 0) * 0.5)
+    assert torch.equal(values[1], torch.arange(128) * 3.0)
+    assert fmt.nbytes((3, 5, 7)) == 3 * 5 * (7 + 4)
 
 
 def test_fp8_block_scale_covers_ragged_edges():

@@ -11,13 +11,18 @@
 namespace fastgpt::gemm {
 
 /// How a weight is stored in memory for the kernels of one backend.
-enum class WeightFormat { kDense, kFp8, kInt4 };
+enum class WeightFormat { kDense, kFp8, kInt8, kInt4 };
+
+/// Type of a canonical weight's codes, which its arranged form keeps.
+constexpr DType code_dtype(WeightFormat format) {
+  return format == WeightFormat::kInt8 ? DType::kI8 : DType::kU8;
+}
 
 /// A weight after arrange(): layout private to csrc/gemm and the backend.
 struct WeightView {
   WeightFormat format = WeightFormat::kDense;
-  TensorView packed;      // dense: [n, k] or arranged; fp8, int4: uint8, arranged
-  TensorView scale;       // fp8: float32 [n] or [ceil(n/128), ceil(k/128)]; int4: arranged
+  TensorView packed;      // dense: [n, k] or arranged; fp8, int4: uint8, int8: int8, arranged
+  TensorView scale;       // fp8, int8: float32 [n], or fp8 per 128 x 128; int4: arranged
   TensorView zero_point;  // int4 asymmetric, arranged; else absent
   int group_size = 0;     // int4: columns that share a scale
 };
@@ -53,8 +58,8 @@ void batched_linear(const BatchedLinearParams& params, const Stream& stream);
 /// on every tensor, a stack of weights.
 struct ArrangeParams {
   WeightFormat format = WeightFormat::kDense;
-  TensorView weight;          // dense [n, k]; fp8 uint8 [n, k]; int4 uint8 [n, row_bytes]
-  TensorView scale;           // fp8: float32 [n] or [ceil(n/128), ceil(k/128)]; int4: float16
+  TensorView weight;          // [n, k]: dense, fp8 uint8, int8 int8; int4 uint8 [n, row_bytes]
+  TensorView scale;           // float32 [n], or fp8 [ceil(n/128), ceil(k/128)]; int4: float16
   TensorView zero_point;      // int4 asymmetric: uint8 [n, ceil(k / group_size)]
   std::int64_t k = 0;         // in_features
   int group_size = 0;         // int4
@@ -65,11 +70,11 @@ struct ArrangeParams {
 /// @throws InvalidArgument if fp8 codes hold NaN (CPU).
 void arrange_weight(const ArrangeParams& params, const Stream& stream);
 
-/// Shapes of the arranged tensors of one weight; packed has the canonical dtype (uint8 for fp8 and
-/// int4), scale float32 for fp8 and float16 for int4, zero_point uint8.
+/// Shapes of the arranged tensors of one weight; packed has the canonical dtype, scale is float16
+/// for int4 and float32 else, zero_point uint8.
 struct ArrangedShape {
   std::vector<std::int64_t> packed;
-  std::vector<std::int64_t> scale;       // of int4; fp8 keeps the canonical shape
+  std::vector<std::int64_t> scale;       // of int4; the others keep the canonical shape
   std::vector<std::int64_t> zero_point;  // of int4 asymmetric
 };
 ArrangedShape arranged_shape(DeviceType device_type, WeightFormat format, std::int64_t n,

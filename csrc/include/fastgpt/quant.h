@@ -1,6 +1,6 @@
 // Weights between floating point and their canonical quantized form (the form on disk).
 //
-//     x = (code - zero_point) * scale            int4, fp8 (zero_point 0)
+//     x = (code - zero_point) * scale            int4; fp8, int8: zero_point 0
 //     x = offset + (bit ? scale : -scale)        binary
 #pragma once
 #include "fastgpt/device.h"
@@ -17,6 +17,16 @@ struct Fp8Params {
 };
 void quantize_fp8(const Fp8Params& params, const Stream& stream);    // x -> packed, scale
 void dequantize_fp8(const Fp8Params& params, const Stream& stream);  // packed, scale -> x
+
+/// Two's complement codes with one scale per row. Quantizing uses scale = amax / 127, 1 for a row
+/// of zeros, and codes -127 .. 127; -128 is read like any other.
+struct Int8Params {
+  TensorView x;       // [rows, cols] float32, bfloat16 or float16
+  TensorView packed;  // int8 [rows, cols]
+  TensorView scale;   // float32 [rows]
+};
+void quantize_int8(const Int8Params& params, const Stream& stream);    // x -> packed, scale
+void dequantize_int8(const Int8Params& params, const Stream& stream);  // packed, scale -> x
 
 /// Two codes a byte: column 2b in the low nibble, 2b + 1 in the high one; rows padded to 16 bytes
 /// with the code that means zero. The last group of a row may be short.

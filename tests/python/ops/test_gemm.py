@@ -17,7 +17,7 @@ from fastgpt.errors import InvalidArgument, UnsupportedFormat
 from oracle import gemm as oracle
 from shapes import FLOATS
 
-FORMATS = ["rows", "fp32", "bf16", "fp16", "fp8", "fp8_block", "int4", "int4_asymmetric"]
+FORMATS = ["rows", "fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "int4_asymmetric"]
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (rows, k, n): 1, primes, one below and above a block, more rows than a tile, a long k.
 SHAPES = [(1, 1, 1), (3, 7, 5), (2, 131, 63), (7, 256, 65), (37, 300, 130), (1, 1536, 256)]
@@ -64,6 +64,10 @@ def make_weight(
             packed, scale = ops.quantize_fp8(weight, per_block=form == "fp8_block")
             parts.append([packed, scale])
             exact.append(ops.dequantize_fp8(packed, scale))
+        elif form == "int8":
+            packed, scale = ops.quantize_int8(weight)
+            parts.append([packed, scale])
+            exact.append(ops.dequantize_int8(packed, scale))
         else:
             symmetric = form == "int4"
             packed, scale, zero = ops.quantize_int4(
@@ -152,9 +156,10 @@ def test_linear_does_not_depend_on_the_number_of_threads() -> None:
         "p, s, z = ops.quantize_int4(w, group_size=64, symmetric=False)\n"
         "a = ops.arrange(p, s, z, format='int4', in_features=513, group_size=64)\n"
         "b = ops.arrange(*ops.quantize_fp8(w), format='fp8')\n"
+        "c = ops.arrange(*ops.quantize_int8(w), format='int8')\n"
         "for rows in (1, 3, 20):\n"
         "    x = torch.randn(rows, 513, generator=g).bfloat16()\n"
-        "    for weight in (w, a, b):\n"
+        "    for weight in (w, a, b, c):\n"
         "        h.update(ops.linear(x, weight, dtype=torch.float32).numpy().tobytes())\n"
         "print(h.hexdigest())"
     )
@@ -195,6 +200,18 @@ def test_fp8_codes_are_multiplied_exactly() -> None:
             for dtype in FLOATS:
                 eye = torch.eye(5, dtype=dtype)
                 assert torch.equal(ops.linear(eye, weight, dtype=torch.float32), values.T)
+
+
+def test_int8_codes_are_multiplied_exactly(device: torch.device) -> None:
+    """Every code, -128 too: x is a unit vector, so the product is the code itself."""
+    codes = torch.arange(-128, 128, dtype=torch.int8, device=device)
+    codes = torch.stack([codes.roll(i) for i in range(7)], 1)  # every code at every place
+    for isa in ISAS if device.type == "cpu" else ISAS[:1]:
+        with instruction_set(isa):
+            weight = ops.arrange(codes, torch.ones(256, device=device), format="int8")
+            for dtype in FLOATS:
+                eye = torch.eye(7, dtype=dtype, device=device)
+                assert torch.equal(ops.linear(eye, weight, dtype=torch.float32), codes.T.float())
 
 
 def test_linear_reads_and_writes_strided_rows(device: torch.device) -> None:
@@ -274,8 +291,12 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         ops.linear(x, weight, torch.zeros(3, device=device))
     with pytest.raises(InvalidArgument, match="out is float16"):
         ops.linear(x, weight, out=torch.zeros(2, 4, dtype=torch.float16, device=device))
-    with pytest.raises(UnsupportedFormat, match="int8"):
-        ops.arrange(weight, format="int8")
+    with pytest.raises(UnsupportedFormat, match="'int5'"):
+        ops.arrange(weight, format="int5")
+    with pytest.raises(InvalidArgument, match="weight is float32; expected int8"):
+        ops.arrange(weight, torch.ones(4, device=device), format="int8")
+    with pytest.raises(InvalidArgument, match="scale is missing"):
+        ops.arrange(weight.to(torch.int8), format="int8")
     with pytest.raises(InvalidArgument, match="in_features is missing"):
         ops.arrange(torch.zeros(4, 16, dtype=torch.uint8, device=device), format="int4")
 
@@ -306,6 +327,8 @@ def test_gemm_ops_pass_opcheck(device: torch.device) -> None:
         torch.library.opcheck(fns.linear.default, (x, dense, bias, out))
         fp8, _ = make_weight(20, 40, "fp8", device)
         torch.library.opcheck(fns.linear_fp8.default, (x, fp8.packed, fp8.scale, bias, out))
+        int8, _ = make_weight(20, 40, "int8", device)
+        torch.library.opcheck(fns.linear_int8.default, (x, int8.packed, int8.scale, bias, out))
         for form in ("int4", "int4_asymmetric"):
             int4, _ = make_weight(20, 40, form, device)
             parts = (int4.packed, int4.scale, int4.zero_point, 32)
@@ -315,6 +338,8 @@ def test_gemm_ops_pass_opcheck(device: torch.device) -> None:
     torch.library.opcheck(fns.grouped_linear.default, (x, dense, *tail))
     fp8, _ = make_weight(20, 40, "fp8", device, stack=2)
     torch.library.opcheck(fns.grouped_linear_fp8.default, (x, fp8.packed, fp8.scale, *tail))
+    int8, _ = make_weight(20, 40, "int8", device, stack=2)
+    torch.library.opcheck(fns.grouped_linear_int8.default, (x, int8.packed, int8.scale, *tail))
     for form in ("int4", "int4_asymmetric"):
         int4, _ = make_weight(20, 40, form, device, stack=2)
         parts = (int4.packed, int4.scale, int4.zero_point, 32)

@@ -23,6 +23,10 @@ def quantized(format: str, weight: torch.Tensor) -> tuple[ops.ArrangedWeight, to
         packed, scale = quant.quantize_fp8(weight, per_block="block" in options)
         values = quant.dequantize_fp8(packed, scale)
         return ops.arrange(packed, scale, format="fp8"), values.double()
+    if name == "int8":
+        packed, scale = quant.quantize_int8(weight)
+        values = quant.dequantize_int8(packed, scale)
+        return ops.arrange(packed, scale, format="int8"), values.double()
     if name == "int4":
         group_size, symmetric = int(options[0]), "asym" not in options
         packed, scale, zero = quant.quantize_int4(
@@ -42,7 +46,18 @@ def quantized(format: str, weight: torch.Tensor) -> tuple[ops.ArrangedWeight, to
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "format",
-    ["fp32", "bf16", "fp16", "fp8", "fp8_block", "int4_32", "int4_64_asym", "int4_128", "int4_256"],
+    [
+        "fp32",
+        "bf16",
+        "fp16",
+        "fp8",
+        "fp8_block",
+        "int8",
+        "int4_32",
+        "int4_64_asym",
+        "int4_128",
+        "int4_256",
+    ],
 )
 def test_linear_cuda_matches_float64(
     format: str, dtype: torch.dtype, shape: tuple[int, int]

@@ -42,6 +42,29 @@ def test_fp8_every_code_decodes_as_torch(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
+def test_int8_matches_torch(
+    device: torch.device, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x = random(*shape, dtype=dtype, device=device)
+    packed, scale = ops.quantize_int8(x)
+    expected = oracle.quantize(x.cpu(), "int8").to(device)
+    assert torch.equal(scale, expected.parts["scale"])
+    assert torch.equal(packed, expected.parts["packed"])
+    assert torch.equal(ops.dequantize_int8(packed, scale), expected.dequantize())
+    assert torch.equal(ops.dequantize_int8(packed, scale, dtype=dtype), expected.dequantize(dtype))
+
+
+def test_int8_every_code_decodes_and_rounds_back(device: torch.device) -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int8, device=device).view(1, 256)
+    value = ops.dequantize_int8(codes, torch.full((1,), 0.25, device=device))
+    assert torch.equal(value, codes.float() / 4)
+    packed, scale = ops.quantize_int8(value[:, 1:])  # amax 127 / 4
+    assert torch.equal(packed, codes[:, 1:])
+    assert float(scale) == 0.25
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_int4_matches_torch(
@@ -89,6 +112,11 @@ def test_quantizers_accept_empty_and_zero(device: torch.device) -> None:
         packed, scale = ops.quantize_fp8(torch.zeros(shape, device=device))
         assert packed.shape == shape
         assert scale.shape == (shape[0],)
+        packed, scale = ops.quantize_int8(torch.zeros(shape, device=device))
+        assert ops.dequantize_int8(packed, scale).shape == shape
+    packed, scale = ops.quantize_int8(torch.zeros(2, 5, device=device))
+    assert torch.equal(scale, torch.ones_like(scale))
+    assert not bool(packed.any())
     packed, scale, _ = ops.quantize_int4(torch.zeros(2, 40, device=device))
     assert torch.equal(scale, torch.ones_like(scale))
     assert bool((packed == 0x88).all())
@@ -100,6 +128,8 @@ def test_quantizers_refuse_values_that_are_not_finite(bad: float) -> None:
     x[2, 129] = bad
     with pytest.raises(InvalidArgument, match=r"x\[2, 129\]"):
         ops.quantize_fp8(x)
+    with pytest.raises(InvalidArgument, match=r"x\[2, 129\]"):
+        ops.quantize_int8(x)
     with pytest.raises(InvalidArgument, match=r"x\[2, 129\]"):
         ops.quantize_int4(x)
     with pytest.raises(InvalidArgument, match=r"x\[129\]"):
@@ -128,6 +158,9 @@ def test_quant_ops_pass_opcheck(device: torch.device, symmetric: bool) -> None:
     packed, scale = ops.quantize_fp8(x, per_block=symmetric)
     torch.library.opcheck(fns.quantize_fp8.default, (x, packed, scale))
     torch.library.opcheck(fns.dequantize_fp8.default, (packed, scale, torch.empty_like(x)))
+    codes, scale = ops.quantize_int8(x)
+    torch.library.opcheck(fns.quantize_int8.default, (x, codes, scale))
+    torch.library.opcheck(fns.dequantize_int8.default, (codes, scale, torch.empty_like(x)))
     gain = x[0].contiguous()
     parts = ops.quantize_binary(gain)
     torch.library.opcheck(fns.quantize_binary.default, (gain, *parts))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastgpt.errors import ConfigError, UnsupportedFormat
+from fastgpt.errors import ConfigError
 from fastgpt.quant.policy import PRESETS, Parameter, Policy
 from fastgpt.scheme import Format
 
@@ -131,6 +131,7 @@ def test_policy_errors_name_the_fix(config, message: str):
         Policy.parse(config).assign(PARAMETERS)
 
 
-def test_policy_later_format_is_unsupported():
-    with pytest.raises(UnsupportedFormat, match="residual_connections asks for int8"):
-        Policy.parse({"residual_connections": "int8"})
+def test_policy_takes_int8():
+    got = assign({"residual_connections": "int8", "io_layers": {"format": "int8"}})
+    assert got["model.layers.0.mlp.up_proj.weight"] == "int8"
+    assert got["lm_head.weight"] == "int8"

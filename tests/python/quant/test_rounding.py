@@ -23,7 +23,7 @@ def nmse_percent(x: torch.Tensor, value) -> float:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("fp8", 0.070), (FP8_BLOCK, 0.070), ("int4", 1.38), (INT4_ASYM, 1.01)],
+    [("fp8", 0.070), (FP8_BLOCK, 0.070), ("int8", 0.0062), ("int4", 1.38), (INT4_ASYM, 1.01)],
 )
 def test_rounding_error_on_gaussian_weights(value, expected: float):
     """Reference: normalized mean squared error in percent of a 1024 x 1024 Gaussian matrix."""
@@ -31,7 +31,7 @@ def test_rounding_error_on_gaussian_weights(value, expected: float):
     assert nmse_percent(x, value) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("value", ["fp8", FP8_BLOCK, "int4", INT4_ASYM])
+@pytest.mark.parametrize("value", ["fp8", FP8_BLOCK, "int8", "int4", INT4_ASYM])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_error_is_at_most_half_a_step(value, shape, dtype):
@@ -44,6 +44,8 @@ def test_rounding_error_is_at_most_half_a_step(value, shape, dtype):
         # Half a unit in the last of 3 mantissa bits; below the normal range half of 2^-9 scales.
         amax = x.float().abs().amax()
         tolerance = torch.maximum(x.float().abs() / 16, amax / 448 * 2**-10) * (1 + 1e-5)
+    elif fmt.name == "int8":
+        tolerance = q.parts["scale"].unsqueeze(-1) * (0.5 + 1e-4)
     else:
         # Half a step; clamping at the end of the range adds what rounding the fp16 scale took.
         scale = q.parts["scale"].float().repeat_interleave(fmt.group_size, -1)[..., : shape[-1]]
@@ -53,7 +55,9 @@ def test_rounding_error_is_at_most_half_a_step(value, shape, dtype):
     assert bool((error <= tolerance).all()), float((error / tolerance).max())
 
 
-@pytest.mark.parametrize("value", ["fp8", "int4", INT4_ASYM, {"format": "int4", "group_size": 32}])
+@pytest.mark.parametrize(
+    "value", ["fp8", "int8", "int4", INT4_ASYM, {"format": "int4", "group_size": 32}]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_native_and_torch_give_the_same_bits(value, shape, dtype):
@@ -75,14 +79,14 @@ def test_fp8_rounds_every_half_value_as_ml_dtypes():
     np.testing.assert_array_equal(q.parts["packed"][0].numpy(), expected)
 
 
-@pytest.mark.parametrize("value", ["fp8", FP8_BLOCK, "int4", INT4_ASYM])
+@pytest.mark.parametrize("value", ["fp8", FP8_BLOCK, "int8", "int4", INT4_ASYM])
 def test_rounding_zero_weights_gives_zero_and_a_usable_scale(value):
     q = round_tensor(torch.zeros(3, 130), Format.parse(value), "x")
     assert bool((q.dequantize() == 0).all())
     assert bool((q.parts["scale"] > 0).all())
 
 
-@pytest.mark.parametrize("value", ["fp8", "int4", INT4_ASYM])
+@pytest.mark.parametrize("value", ["fp8", "int8", "int4", INT4_ASYM])
 def test_rounding_tiny_weights_stays_finite(value):
     q = round_tensor(torch.full((2, 64), 1e-38), Format.parse(value), "x")
     assert bool(torch.isfinite(q.dequantize()).all())
@@ -171,7 +175,7 @@ def test_binary_naive_stores_sign_times_mean():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("value", ["fp16", "bf16", "fp8", "int4"])
+@pytest.mark.parametrize("value", ["fp16", "bf16", "fp8", "int8", "int4"])
 def test_rounding_refuses_values_that_are_not_numbers(bad: float, value):
     x = torch.ones(4, 5)
     x[2, 3] = bad
