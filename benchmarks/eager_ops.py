@@ -128,6 +128,8 @@ def product_cases(rows: int, dtype: torch.dtype) -> list[Case]:
         arranged = {"linear": ops.arrange(weight, format=DENSE[dtype])}
         packed, scale = ops.quantize_fp8(weight)
         arranged["linear_fp8"] = ops.arrange(packed, scale, format="fp8")
+        packed, scale = ops.quantize_int8(weight)
+        arranged["linear_int8"] = ops.arrange(packed, scale, format="int8")
         packed, scale, _ = ops.quantize_int4(weight, group_size=128)
         arranged["linear_int4"] = ops.arrange(
             packed, scale, format="int4", group_size=128, in_features=k
@@ -184,6 +186,10 @@ def expert_cases(rows: int, dtype: torch.dtype) -> list[Case]:
     stack = (EXPERTS, EXPERT_FFN)
     arranged["grouped_linear_fp8"] = ops.arrange(
         packed.view(*stack, -1), scale.view(*stack), format="fp8"
+    )
+    packed, scale = ops.quantize_int8(weight.flatten(0, 1))
+    arranged["grouped_linear_int8"] = ops.arrange(
+        packed.view(*stack, -1), scale.view(*stack), format="int8"
     )
     packed, scale, _ = ops.quantize_int4(weight.flatten(0, 1), group_size=128)
     arranged["grouped_linear_int4"] = ops.arrange(
@@ -339,6 +345,7 @@ def codec_cases(n: int, k: int, dtype: torch.dtype) -> list[Case]:
     """Rounding to codes and back, as eager torch writes it."""
     x = randn(n, k, dtype=dtype)
     fp8, fp8_scale = ops.quantize_fp8(x)
+    int8, int8_scale = ops.quantize_int8(x)
     int4, int4_scale, _ = ops.quantize_int4(x, group_size=128)
     gains = randn(k).abs() + 0.1
     binary = ops.quantize_binary(gains)
@@ -346,6 +353,10 @@ def codec_cases(n: int, k: int, dtype: torch.dtype) -> list[Case]:
     def eager_fp8() -> Tensor:
         scale = x.float().abs().amax(1, keepdim=True) / 448
         return (x.float() / scale).to(torch.float8_e4m3fn)
+
+    def eager_int8() -> Tensor:
+        scale = x.float().abs().amax(1, keepdim=True) / 127
+        return (x.float() / scale).round().clamp(-127, 127).to(torch.int8)
 
     def eager_int4() -> Tensor:
         groups = x.float().view(n, -1, 128)
@@ -374,6 +385,11 @@ def codec_cases(n: int, k: int, dtype: torch.dtype) -> list[Case]:
         "dequantize_fp8": (
             lambda: ops.dequantize_fp8(fp8, fp8_scale, dtype=dtype),
             lambda: (fp8.view(torch.float8_e4m3fn).float() * fp8_scale.unsqueeze(1)).to(dtype),
+        ),
+        "quantize_int8": (lambda: ops.quantize_int8(x), eager_int8),
+        "dequantize_int8": (
+            lambda: ops.dequantize_int8(int8, int8_scale, dtype=dtype),
+            lambda: (int8.float() * int8_scale.unsqueeze(1)).to(dtype),
         ),
         "quantize_int4": (lambda: ops.quantize_int4(x, group_size=128), eager_int4),
         "dequantize_int4": (
