@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from fastgpt.checkpoint.foreign import Imported
     from fastgpt.scheme import QuantizedTensor
 
 __all__ = ["Checkpoint"]
@@ -27,6 +29,7 @@ class Checkpoint(ABC):
         tokenizer_config: fields of tokenizer_config.json, {} if there is none.
         chat_template: Jinja source, or None.
         generation_config: fields of generation_config.json, {} if there is none.
+        imported: the weights another toolkit quantized, by kind; empty where there are none.
     """
 
     path: Path
@@ -35,6 +38,7 @@ class Checkpoint(ABC):
     tokenizer_config: dict[str, Any]
     chat_template: str | None = None
     generation_config: dict[str, Any]
+    imported: Sequence[Imported] = ()
 
     @abstractmethod
     def names(self) -> list[str]:

@@ -2,7 +2,7 @@
 
 FP8 checkpoints as DeepSeek-R1 ships store e4m3 codes and a float32 `weight_scale_inv` per 128 x 128
 block, a factor that multiplies to dequantize; here it becomes `scale`, and is never called inverse
-again.
+again. Weights that another toolkit quantized are found by its reader, see `FOREIGN`.
 """
 
 import json
@@ -13,8 +13,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from fastgpt.checkpoint import awq, compressed_tensors, gptq
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.checkpoint.experts import ExpertSlice, split_names
+from fastgpt.checkpoint.foreign import (
+    ForeignWeight,
+    Settings,
+    StoredTensors,
+    log_imports,
+    summarize,
+)
 from fastgpt.checkpoint.safetensors import SafetensorsFile, TensorEntry
 from fastgpt.errors import CheckpointError, UnsupportedFormat
 from fastgpt.scheme import BLOCK, Format, QuantizedTensor
@@ -24,6 +32,15 @@ __all__ = ["HuggingFaceCheckpoint"]
 SCALE_SUFFIX = "_scale_inv"
 INDEX_NAME = "model.safetensors.index.json"
 FP8_BLOCK = Format.parse({"format": "fp8", "scale": "block"})
+# quant_method -> what finds its weights
+FOREIGN = {
+    "compressed-tensors": compressed_tensors.find_weights,
+    "gptq": gptq.find_weights,
+    "awq": awq.find_weights,
+}
+# Files of tools that do not write into config.json, and their method.
+SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -38,13 +55,17 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.path = Path(path)
         config = self._json("config.json", required=True)
         self.config = config
-        self._check_quantization(config)
+        method, quantization = self._quantization(config)
         self.tokenizer_json = self._text("tokenizer.json")
         self.tokenizer_config = self._json("tokenizer_config.json")
         self.generation_config = self._json("generation_config.json")
         self.chat_template = self._chat_template()
         self._files: dict[str, SafetensorsFile] = {}
         self._stored = self._open_shards()
+        self._foreign: dict[str, ForeignWeight] = {}
+        self._joined: set[str] = set()  # stored names that are parts of a weight, or unused
+        if method in FOREIGN:
+            self._find_foreign(method, quantization)
         self._slices: dict[str, ExpertSlice] = {}
         self._names = self._canonical_names()
         self._current: SafetensorsFile | None = None
@@ -61,6 +82,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         """Return one weight; this object keeps at most one shard mapped."""
         if name not in self._names:
             self._fail(f"has no weight {name!r}; its files hold {len(self._names)} others")
+        foreign = self._foreign.get(name)
+        if foreign is not None:
+            return foreign.decode({k: self._read_stored(v) for k, v in foreign.parts.items()})
         place = self._slices.get(name)
         if place is not None:
             return place.of(self._read_stored(place.fused_name))
@@ -124,20 +148,57 @@ class HuggingFaceCheckpoint(Checkpoint):
             self._fail("has a tokenizer_config.json whose chat_template is not text")
         return value
 
-    def _check_quantization(self, config: dict[str, Any]) -> None:
-        """Raise for quantization other than FP8 in blocks of 128 x 128."""
-        quantization = config.get("quantization_config")
+    def _quantization(self, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return quantization method and settings, ("", {}) for none.
+
+        Raises:
+            UnsupportedFormat: for a method that is not read.
+        """
+        quantization = config.get("quantization_config", config.get("compression_config"))
         if quantization is None:
-            return
+            for file, default in SETTINGS_FILES.items():
+                if settings := self._json(file):
+                    quantization = {"quant_method": default, **settings}
+        if quantization is None:
+            return "", {}
         if not isinstance(quantization, dict):
             self._fail("has a quantization_config that is not an object")
         method = quantization.get("quant_method")
         block = quantization.get("weight_block_size")
-        if method != "fp8" or block != [BLOCK, BLOCK]:
-            raise UnsupportedFormat(
-                f"{self.path} is quantized by {method!r} with weight_block_size {block}; only "
-                f"'fp8' with [{BLOCK}, {BLOCK}] is read; use the unquantized model"
+        if method in FOREIGN:
+            return str(method), quantization
+        if method == "fp8" and block == [BLOCK, BLOCK]:
+            fields = Settings(quantization, f"{self.path / 'config.json'}: quantization_config")
+            fields.ignore("quant_method", "weight_block_size", "activation_scheme", "scale_fmt")
+            fields.ignore("modules_to_not_convert", "dequantize")
+            fields.one_of("fmt", ("e4m3",), "e4m3")
+            fields.done()
+            return "fp8", quantization
+        stated = f" with weight_block_size {block}" if method == "fp8" else ""
+        raise UnsupportedFormat(
+            f"{self.path} is quantized by {method!r}{stated}; read are 'fp8' with "
+            f"[{BLOCK}, {BLOCK}], {', '.join(map(repr, FOREIGN))}; use the unquantized model"
+        )
+
+    def _find_foreign(self, method: str, quantization: dict[str, Any]) -> None:
+        """Fill in the weights that another toolkit quantized."""
+        assert self.config is not None
+        named = self.config.get("dtype") or self.config.get("torch_dtype")
+        dtype = DTYPES.get(str(named), torch.bfloat16)
+        entries = {name: self._entry(name) for name in self._stored}
+        tensors = StoredTensors(self.path, entries, self._stored)
+        self._foreign, unused = FOREIGN[method](quantization, tensors, dtype)
+        if not self._foreign:
+            self._fail(
+                f"says it is quantized by {method!r} but holds no such weights; remove "
+                "quantization_config from its config.json if they are plain"
             )
+        self._joined = unused.union(*(weight.parts.values() for weight in self._foreign.values()))
+        for name in self._foreign.keys() & self._stored.keys():
+            if name not in self._joined:
+                tensors.fail(name, "is there twice, plain and quantized")
+        self.imported = summarize(self._foreign, tensors)
+        log_imports(self.path, self.imported)
 
     def _open_shards(self) -> dict[str, str]:
         """Open every shard; return stored tensor name -> shard file name."""
@@ -182,8 +243,10 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def _canonical_names(self) -> set[str]:
         """Return the names with fused experts split and scales joined to their weights."""
-        names = set()
+        names = set(self._foreign)
         for name in self._stored:
+            if name in self._joined:
+                continue
             split = dict(split_names(name, self._entry(name).shape))
             self._slices.update(split)
             is_scale = name.endswith(SCALE_SUFFIX) and name[: -len(SCALE_SUFFIX)] in self._stored

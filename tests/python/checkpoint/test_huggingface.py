@@ -119,8 +119,8 @@ def test_read_bad_fp8_raises(
 
 
 def test_open_other_quantization_raises(tmp_path: Path) -> None:
-    write(tmp_path, {"w": torch.ones(1)}, config={"quantization_config": {"quant_method": "gptq"}})
-    with pytest.raises(UnsupportedFormat, match="'gptq'"):
+    write(tmp_path, {"w": torch.ones(1)}, config={"quantization_config": {"quant_method": "hqq"}})
+    with pytest.raises(UnsupportedFormat, match="'hqq'"):
         open_checkpoint(tmp_path)
 
 
