@@ -10,7 +10,9 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A FastGPT file or a Hugging Face directory.")],
+    path: Annotated[
+        Path, typer.Argument(help="A FastGPT file, a Hugging Face directory, or a GGUF file.")
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Print the report as JSON.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every tensor's bytes.")] = False,
@@ -38,6 +40,8 @@ def inspect(
         if key in config:
             _line(key, config[key])
     _line("tensors", len(names))
+    for group in checkpoint.imported:
+        _line("imported", group)
     _line("multi-token prediction", _mtp(config, names))
     _line("tokenizer", "yes" if checkpoint.tokenizer_json else "none: serves token ids only")
     _line("chat template", "yes" if checkpoint.chat_template else "none")

@@ -391,7 +391,9 @@ class Quantizer:
         if self._checkpoint is not None and self._checkpoint.config is not None:
             # The source's own quantization, if any, is undone: the file's records say what is what.
             config = {
-                k: v for k, v in self._checkpoint.config.items() if k != "quantization_config"
+                k: v
+                for k, v in self._checkpoint.config.items()
+                if k not in ("quantization_config", "compression_config")
             }
         return Metadata(
             model_config=config,

@@ -1,4 +1,4 @@
-"""Writers of other toolkits' files, and what the files mean: NumPy and Python integers alone."""
+"""Writers of other toolkits' files, and what the files mean: NumPy alone."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def words_of(codes: np.ndarray, bits: int, *, padded: bool = False) -> np.ndarray:
-    """Return every row of codes as one long integer cut into int32 words.
+    """Return int32 words with code j of a row at its bit j * bits, across the borders of words.
 
-    padded: each word holds 32 // bits whole codes, as older files have it.
+    padded: each word holds 32 // bits whole codes instead, as older files have it.
     """
     rows, cols = codes.shape
     per_word = 32 // bits
     count = -(-cols // per_word) if padded else -(-cols * bits // 32)
-    out = np.zeros((rows, count), np.uint32)
-    for r in range(rows):
-        whole = 0
-        for j, code in enumerate(codes[r].tolist()):
-            at = 32 * (j // per_word) + bits * (j % per_word) if padded else bits * j
-            whole |= code << at
-        for w in range(count):
-            out[r, w] = whole >> (32 * w) & 0xFFFFFFFF
-    return out.view(np.int32)
+    out = np.zeros((rows, count + 1), np.uint64)
+    for j in range(cols):
+        word, shift = divmod(j, per_word) if padded else divmod(j * bits, 32)
+        moved = codes[:, j].astype(np.uint64) << np.uint64(shift * bits if padded else shift)
+        out[:, word] |= moved & np.uint64(0xFFFFFFFF)
+        out[:, word + 1] |= moved >> np.uint64(32)
+    return out[:, :count].astype(np.uint32).view(np.int32)
 
 
 @dataclass(frozen=True)
