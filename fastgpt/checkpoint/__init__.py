@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.checkpoint.container import Container, Metadata, write_container
+from fastgpt.checkpoint.export import write_compressed_tensors
 from fastgpt.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgpt.checkpoint.state_dict import StateDict
 from fastgpt.errors import CheckpointError
@@ -16,6 +17,7 @@ __all__ = [
     "Metadata",
     "StateDict",
     "open_checkpoint",
+    "write_compressed_tensors",
     "write_container",
 ]
 

@@ -42,9 +42,13 @@ def quantize(
         str, typer.Option(help="self (the model's own generations), none, or a text file.")
     ] = "self",
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda:0.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="fastgpt, or compressed-tensors: a directory for vLLM, transformers."),
+    ] = "fastgpt",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, write nothing.")] = False,
 ) -> None:
-    """Quantize a model into one file."""
+    """Quantize a model into one file, or into a directory for other engines."""
     from fastgpt.quant import Quantizer
 
     quantizer = Quantizer(
@@ -60,8 +64,9 @@ def quantize(
     if dry_run:
         typer.echo(str(quantizer.dry_run()))
         return
-    quantizer.write(output)
-    typer.echo(f"wrote {output}, {output.stat().st_size:,} bytes")
+    quantizer.write(output, format=format)
+    files = output.iterdir() if output.is_dir() else [output]
+    typer.echo(f"wrote {output}, {sum(file.stat().st_size for file in files):,} bytes")
 
 
 def _budget(size: str | None, max_kl: float | None, min_top1: float | None) -> Any:

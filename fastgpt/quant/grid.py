@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgpt.checkpoint.codes import pack_stream
 from fastgpt.errors import ConfigError
 from fastgpt.scheme import Format, QuantizedTensor
 
@@ -116,18 +117,8 @@ def pack_codes(codes: Tensor, grid: Grid, fmt: Format) -> QuantizedTensor:
     16 bytes with the code that means zero.
     """
     rows, cols = codes.shape
-    spec = fmt.parts((rows, cols))
-    row_bytes = spec["packed"].shape[-1]
-    num_codes = -(-row_bytes * 8 // grid.bits)  # the last may reach past the row's end
-    tail = grid.zero[:, -1:].to(torch.uint8).expand(rows, num_codes - cols)
-    whole = torch.cat((codes, tail), 1)
-    if grid.bits == 4:
-        packed = whole[:, 0::2] | (whole[:, 1::2] << 4)
-    else:
-        shifts = torch.arange(grid.bits, dtype=torch.uint8, device=codes.device)
-        bits = (whole.unsqueeze(-1) >> shifts & 1).flatten(1)[:, : row_bytes * 8]
-        places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-        packed = (bits.unflatten(1, (row_bytes, 8)) << places).sum(-1, dtype=torch.uint8)
+    row_bytes = fmt.parts((rows, cols))["packed"].shape[-1]
+    packed = pack_stream(codes, grid.bits, row_bytes, grid.zero[:, -1:].to(torch.uint8))
     parts = {"packed": packed.contiguous(), "scale": grid.scale.to(torch.float16)}
     if not fmt.symmetric:
         parts["zero_point"] = grid.zero.to(torch.uint8)
