@@ -9,7 +9,6 @@ Source: the safetensors format, https://github.com/huggingface/safetensors.
 
 import json
 import math
-import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
+from fastgpt.checkpoint.mapping import MappedFile
 from fastgpt.errors import CheckpointError
 
 __all__ = ["SafetensorsFile", "TensorEntry"]
@@ -37,7 +37,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 MAX_HEADER_BYTES = 256 * 1024 * 1024  # R1's largest shard header is 0.1 MB
-MAP_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +50,7 @@ class TensorEntry:
 
 
 class SafetensorsFile:
-    """One safetensors file whose header was checked; tensors are views of a private mapping.
-
-    Mappings are copy-on-write: the file is never changed. A mapping serves MAP_BYTES of reads, then
-    a new one takes over, and a mapping is closed when no tensor from it lives; so reading a file of
-    any size tensor by tensor keeps little of it resident.
+    """One safetensors file whose header was checked; tensors are views of a `MappedFile`.
 
     Raises:
         CheckpointError: if the file is missing, truncated or its header is not valid.
@@ -65,8 +60,6 @@ class SafetensorsFile:
         self.path = Path(path)
         self.entries: dict[str, TensorEntry] = {}
         self.metadata: dict[str, str] = {}
-        self._map: mmap.mmap | None = None
-        self._served_bytes = 0
         try:
             with self.path.open("rb") as file:
                 self.file_bytes = os.fstat(file.fileno()).st_size
@@ -84,6 +77,7 @@ class SafetensorsFile:
             self._fail(f"cannot be read: {error.strerror or error}")
         if len(text) != header_bytes:
             self._fail(f"ends inside its header, after {len(text)} of {header_bytes} bytes")
+        self.mapping = MappedFile(self.path, self.file_bytes)
         self._parse(text, 8 + header_bytes)
 
     def _fail(self, what: str) -> NoReturn:
@@ -147,33 +141,14 @@ class SafetensorsFile:
         num_values = math.prod(entry.shape)
         if num_values == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        if self._map is None or self._served_bytes > MAP_BYTES:
-            self._map = self._open_map()
-            self._served_bytes = 0
-        self._served_bytes += entry.end - entry.start
+        raw = self.mapping.read(entry.start, entry.end)
         if entry.start % entry.dtype.itemsize:  # legal in the format, not for a view
-            raw = torch.frombuffer(
-                self._map, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start
-            )
-            return raw.clone().view(entry.dtype).view(entry.shape)
-        flat = torch.frombuffer(self._map, dtype=entry.dtype, count=num_values, offset=entry.start)
-        return flat.view(entry.shape)
+            raw = raw.clone()
+        return raw.view(entry.dtype).view(entry.shape)
 
     def unmap(self) -> None:
         """Let go of the mapping; tensors read before keep it, the next `read` maps again."""
-        self._map = None
-
-    def _open_map(self) -> mmap.mmap:
-        try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != self.file_bytes:
-                    self._fail(
-                        f"changed from {self.file_bytes} to {size} bytes after it was opened"
-                    )
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            self._fail(f"cannot be mapped: {error.strerror or error}")
+        self.mapping.unmap()
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_open_sharded_keeps_one_shard_mapped(tmp_path: Path) -> None:
     checkpoint = HuggingFaceCheckpoint(write_sharded(tmp_path))
     for name in ("a", "b", "a"):
         assert checkpoint.read(f"{name}.weight").tolist() == [float(ord(name))] * 2
-        assert [file._map is not None for file in checkpoint._files.values()].count(True) == 1
+        assert [file.mapping.is_mapped for file in checkpoint._files.values()].count(True) == 1
 
 
 def test_fused_experts_are_listed_one_by_one(tmp_path: Path) -> None:

@@ -215,4 +215,4 @@ def test_load_peak_memory_is_model_and_one_shard(tmp_path: Path) -> None:
 def test_open_does_not_touch_weights(tmp_path: Path) -> None:
     path = write_directory(tmp_path, {"model_type": "llama"}, {"w": torch.ones(4)})
     checkpoint = open_checkpoint(path)
-    assert all(file._map is None for file in checkpoint._files.values())  # type: ignore[attr-defined]
+    assert not any(f.mapping.is_mapped for f in checkpoint._files.values())  # type: ignore[attr-defined]

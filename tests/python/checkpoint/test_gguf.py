@@ -1,0 +1,538 @@
+"""GGUF files: every block bit for bit, whole models against transformers, and what can be wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf_files as files
+import ml_dtypes
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from transformers.convert_slow_tokenizer import Qwen2Converter
+from typer.testing import CliRunner
+
+import fastgpt
+from fastgpt.checkpoint import gguf_blocks, open_checkpoint
+from fastgpt.checkpoint.experts import split_names
+from fastgpt.cli.main import app
+from fastgpt.errors import CheckpointError, UnsupportedFormat
+from fastgpt.layers.rotary import RopeConfig, frequencies
+from fastgpt.quant import Quantizer
+from fastgpt.scheme import QuantizedTensor
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from tiny_models import CASES, case, prompts_for, reference_logits, reference_model, worst_error
+
+LLAMA: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 128,
+    "llama.block_count": 1,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 1,
+    "llama.context_length": 128,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+
+
+def one(
+    path: Path,
+    kind: str,
+    rows: int = 3,
+    cols: int = 512,
+    name: str = "blk.0.ffn_up.weight",
+    raw: bytes | None = None,
+) -> tuple[Path, bytes]:
+    """Write a file with one weight of this type, and an embedding that makes it a model."""
+    raw = files.random_blocks(kind, rows, cols) if raw is None else raw
+    tensors = {
+        "token_embd.weight": ("F32", (4, 64), files.encode(np.ones((4, 64)), "F32")),
+        name: (kind, (rows, cols), raw),
+    }
+    return files.write(path / "m.gguf", LLAMA, tensors), raw
+
+
+@pytest.mark.parametrize("kind", files.SIZES)
+def test_blocks_decode_as_ggml_defines_them(tmp_path: Path, kind: str) -> None:
+    path, raw = one(tmp_path, kind)
+    expected = files.decode(kind, raw, 3, 512)
+    checkpoint = open_checkpoint(path)
+    stored = checkpoint.read("model.layers.0.mlp.up_proj.weight")
+    (said,) = checkpoint.imported
+    assert (said.kind, said.num_bytes) == (f"GGUF {kind}", len(raw))
+    if kind == "Q4_0":  # held code by code, negative scales as well
+        assert isinstance(stored, QuantizedTensor)
+        assert str(stored.format) == said.becomes == "int4 g32 asymmetric"
+        assert bool((stored.parts["scale"] >= 0).all())
+        np.testing.assert_array_equal(stored.dequantize().numpy(), expected)
+    else:
+        assert isinstance(stored, torch.Tensor)
+        assert said.becomes == "float16"
+        np.testing.assert_array_equal(stored.numpy(), expected.astype(np.float16))
+
+
+@pytest.mark.parametrize("kind", files.SIZES)
+def test_blocks_decode_as_the_gguf_package_does(kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    rows, cols = 2, 768
+    raw = files.random_blocks(kind, rows, cols, seed=1)
+    shaped = np.frombuffer(raw, np.uint8).reshape(rows, -1)
+    expected = gguf.quants.dequantize(shaped, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(files.decode(kind, raw, rows, cols), expected)
+    block = gguf_blocks.BLOCK_TYPES[kind]
+    if block.decode is not None:
+        blocks = torch.from_numpy(shaped.copy()).reshape(-1, block.num_bytes)
+        np.testing.assert_array_equal(block.decode(blocks).view(rows, cols).numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_every_16_bit_number_is_read_as_it_is(tmp_path: Path, kind: str) -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    path, _ = one(tmp_path, kind, 256, 256, raw=every.tobytes())
+    stored = open_checkpoint(path).read("model.layers.0.mlp.up_proj.weight")
+    assert isinstance(stored, torch.Tensor)
+    want = every.view(np.float16 if kind == "F16" else ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(stored.float().numpy(), want)
+
+
+def test_values_beyond_float16_become_bfloat16(tmp_path: Path) -> None:
+    block = np.float16(1000.0).tobytes() + np.full(32, 100, np.int8).tobytes()
+    path, _ = one(tmp_path, "Q8_0", 1, 32, raw=block)
+    stored = open_checkpoint(path).read("model.layers.0.mlp.up_proj.weight")
+    assert isinstance(stored, torch.Tensor)
+    assert stored.dtype == torch.bfloat16
+    assert torch.equal(stored, torch.full((1, 32), 100_000.0).bfloat16())
+
+
+# ---- whole models ----
+
+DENSE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+LAYER = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_a_proj": "attn_q_a", "self_attn.q_a_layernorm": "attn_q_a_norm",
+    "self_attn.q_b_proj": "attn_q_b", "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+    "self_attn.kv_a_layernorm": "attn_kv_a_norm", "self_attn.kv_b_proj": "attn_kv_b",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+}  # fmt: skip
+
+
+def metadata_of(config: Any, arch: str) -> dict[str, Any]:
+    """Return what llama.cpp's converter writes for a transformers configuration."""
+    theta = config.rope_parameters["rope_theta"]
+    out: dict[str, Any] = {
+        "general.architecture": arch,
+        "general.name": "tiny",
+        f"{arch}.embedding_length": config.hidden_size,
+        f"{arch}.feed_forward_length": config.intermediate_size,
+        f"{arch}.block_count": config.num_hidden_layers,
+        f"{arch}.context_length": config.max_position_embeddings,
+        f"{arch}.attention.head_count": config.num_attention_heads,
+        f"{arch}.attention.head_count_kv": config.num_key_value_heads,
+        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{arch}.rope.freq_base": float(theta),
+        f"{arch}.vocab_size": config.vocab_size,
+    }
+    if arch in ("llama", "qwen3"):
+        head_dim = config.head_dim
+        out |= {f"{arch}.attention.key_length": head_dim, f"{arch}.rope.dimension_count": head_dim}
+        out[f"{arch}.attention.value_length"] = head_dim
+    if arch == "deepseek2":
+        is_v3 = config.model_type == "deepseek_v3"
+        keys = config.qk_nope_head_dim + config.qk_rope_head_dim
+        out |= {
+            "deepseek2.attention.kv_lora_rank": config.kv_lora_rank,
+            "deepseek2.attention.key_length": keys,
+            "deepseek2.attention.value_length": config.v_head_dim,
+            "deepseek2.rope.dimension_count": config.qk_rope_head_dim,
+            "deepseek2.expert_count": config.n_routed_experts,
+            "deepseek2.expert_used_count": config.num_experts_per_tok,
+            "deepseek2.expert_shared_count": config.n_shared_experts,
+            "deepseek2.expert_feed_forward_length": config.moe_intermediate_size,
+            "deepseek2.leading_dense_block_count": config.first_k_dense_replace,
+            "deepseek2.expert_weights_scale": float(config.routed_scaling_factor),
+            "deepseek2.expert_weights_norm": is_v3,
+            "deepseek2.expert_gating_func": 2 if is_v3 else 1,
+            "deepseek2.expert_group_count": config.n_group,
+            "deepseek2.expert_group_used_count": config.topk_group,
+            "deepseek2.rope.scaling.type": "yarn",
+            "deepseek2.rope.scaling.factor": 8.0,
+            "deepseek2.rope.scaling.original_context_length": 32,
+            "deepseek2.rope.scaling.yarn_log_multiplier": 0.1 * 0.7,
+        }
+        if config.q_lora_rank:
+            out["deepseek2.attention.q_lora_rank"] = config.q_lora_rank
+    return out
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Return rows as llama.cpp's converter orders them."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def tensors_of(reference: Any, arch: str, *, split_kv_b: bool = False) -> dict[str, Any]:
+    """Return the tensors llama.cpp's converter writes, in F32."""
+    config, out = reference.config, {}
+
+    def put(name: str, array: np.ndarray) -> None:
+        out[name] = ("F32", array.shape, files.encode(array, "F32"))
+
+    for name, value in reference.state_dict().items():
+        array = value.float().numpy()
+        stem, _, suffix = name.rpartition(".")
+        if stem in DENSE:
+            put(f"{DENSE[stem]}.{suffix}", array)
+            continue
+        _, _, layer, rest = name.split(".", 3)
+        block, module = f"blk.{layer}", rest.rpartition(".")[0]
+        fused = list(split_names(name, array.shape))
+        if fused:  # transformers stacks gate and up
+            if name.endswith("down_proj"):
+                put(f"{block}.ffn_down_exps.weight", array)
+            else:
+                half = array.shape[1] // 2
+                put(f"{block}.ffn_gate_exps.weight", array[:, :half])
+                put(f"{block}.ffn_up_exps.weight", array[:, half:])
+            continue
+        if rest == "mlp.gate.e_score_correction_bias":
+            put(f"{block}.exp_probs_b.bias", array)
+            continue
+        if arch == "llama" and module.endswith(("q_proj", "k_proj")):
+            heads = config.num_attention_heads
+            heads = heads if module.endswith("q_proj") else config.num_key_value_heads
+            array = permuted(array, heads)
+        if split_kv_b and module.endswith("kv_b_proj"):
+            by_head = array.reshape(config.num_attention_heads, -1, array.shape[1])
+            nope = config.qk_nope_head_dim
+            put(f"{block}.attn_k_b.weight", by_head[:, :nope].swapaxes(1, 2))
+            put(f"{block}.attn_v_b.weight", by_head[:, nope:])
+            continue
+        put(f"{block}.{LAYER[module]}.{suffix}", array)
+    return out
+
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32, "beta_slow": 1,
+    "mscale": 0.7, "mscale_all_dim": 0.7, "original_max_position_embeddings": 32,
+}  # fmt: skip
+MODELS = {
+    "llama": ("llama", case("Llama", head_dim=20)),
+    "llama tied bias": ("llama", case("Llama", tie_word_embeddings=True, attention_bias=True)),
+    "qwen2": ("qwen2", CASES["qwen2"]),
+    "qwen3": ("qwen3", CASES["qwen3"]),
+    "v2": (
+        "deepseek2",
+        case("DeepseekV2", topk_method="group_limited_greedy", rope_parameters=YARN),
+    ),
+    "v3": ("deepseek2", case("DeepseekV3", rope_parameters=YARN)),
+    "v3 split kv_b": ("deepseek2", case("DeepseekV3", rope_parameters=YARN)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_answers_as_transformers(tmp_path: Path, name: str) -> None:
+    arch, this = MODELS[name]
+    reference = reference_model(this.hf_config)
+    split = "split" in name
+    path = files.write(
+        tmp_path / "m.gguf",
+        metadata_of(reference.config, arch),
+        tensors_of(reference, arch, split_kv_b=split),
+    )
+    (prompt,) = prompts_for(reference.config.vocab_size, [48])
+    got = fastgpt.load(path, device="cpu", dtype="float32")(torch.tensor([prompt]))[0]
+    error = worst_error(got, reference_logits(reference, prompt))
+    # Float32 sums in another order; kv_b in two parts is rounded to float16.
+    assert error < (5e-3 if split else 2e-5)
+
+
+def test_rows_of_q_left_in_llama_order_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastgpt.checkpoint.gguf import GgufCheckpoint
+
+    monkeypatch.setattr(GgufCheckpoint, "_reordered", lambda self, raw, shape, place: raw)
+    with pytest.raises(AssertionError):
+        test_model_answers_as_transformers(tmp_path, "llama")
+
+
+def test_llama3_rope_factors_are_recognized(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    plain = RopeConfig(32, 500000.0)
+    scaled = RopeConfig.parse({"rope_theta": 500000.0, "rope_scaling": scaling}, 32)
+    factors = (frequencies(plain) / frequencies(scaled)).numpy()
+    assert factors.max() == pytest.approx(8)
+    metadata = {**LLAMA, "llama.rope.freq_base": 500000.0}
+    tensors = {
+        "token_embd.weight": ("F32", (4, 64), files.encode(np.ones((4, 64)), "F32")),
+        "rope_freqs.weight": ("F32", (16,), files.encode(factors, "F32")),
+    }
+    checkpoint = open_checkpoint(files.write(tmp_path / "m.gguf", metadata, tensors))
+    assert checkpoint.config is not None
+    assert checkpoint.config["rope_scaling"] == scaling
+    assert checkpoint.names() == ["model.embed_tokens.weight"]
+    tensors["rope_freqs.weight"] = ("F32", (16,), files.encode(factors * 1.1, "F32"))
+    with pytest.raises(UnsupportedFormat, match=r"rope_freqs\.weight"):
+        open_checkpoint(files.write(tmp_path / "n.gguf", metadata, tensors))
+
+
+def test_quantizer_and_inspect_take_a_file(tmp_path: Path) -> None:
+    reference = reference_model(MODELS["llama"][1].hf_config)
+    tensors = tensors_of(reference, "llama")
+    rows, cols = 130, 96
+    raw = files.random_blocks("Q8_0", rows, cols)
+    tensors["blk.0.ffn_up.weight"] = ("Q8_0", (rows, cols), raw)
+    path = files.write(tmp_path / "m.gguf", metadata_of(reference.config, "llama"), tensors)
+    Quantizer(path, {"residual_connections": "fp8"}, calibration=None).write(
+        tmp_path / "m.pt", progress=False
+    )
+    stored = open_checkpoint(tmp_path / "m.pt").read("model.layers.0.mlp.up_proj.weight")
+    assert isinstance(stored, QuantizedTensor)
+    values = files.decode("Q8_0", raw, rows, cols)
+    assert np.abs(stored.dequantize().numpy() - values).max() <= np.abs(values).max() / 16
+    result = CliRunner().invoke(app, ["inspect", str(path), "--tensors"])
+    assert result.exit_code == 0, result.output
+    assert "1 weights of GGUF Q8_0" in result.output
+    assert "dequantized to float16" in result.output
+
+
+def test_files_of_the_gguf_package_are_read(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in LLAMA.items():
+        if isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+    weight = np.random.default_rng(0).normal(size=(6, 256)).astype(np.float32)
+    embedding = np.ones((4, 64), np.float16)
+    for kind in ("Q4_0", "Q8_0"):
+        blocks = gguf.quants.quantize(weight, gguf.GGMLQuantizationType[kind])
+        name = {"Q4_0": "ffn_up", "Q8_0": "ffn_gate"}[kind]
+        writer.add_tensor(f"blk.0.{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.add_tensor("token_embd.weight", embedding)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    for name, tolerance in (("up_proj", 1 / 7), ("gate_proj", 1 / 120)):
+        stored = checkpoint.read(f"model.layers.0.mlp.{name}.weight")
+        dense = stored if isinstance(stored, torch.Tensor) else stored.dequantize()
+        assert np.abs(dense.float().numpy() - weight).max() <= np.abs(weight).max() * tolerance
+
+
+# ---- tokenizer ----
+
+TEXTS = [
+    "Hello, world! It's 12345 o'clock.",
+    "def f(x):\n\treturn x\r\n\n",
+    "  naïve café 你好 ",
+    "",
+]
+
+
+def vocabulary() -> tuple[list[str], list[str]]:
+    """Return tokens and merges of a small byte-level BPE trained here."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text("utf-8")], trainer)
+    vocab = tokenizer.get_vocab()
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    pairs = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    return sorted(vocab, key=vocab.__getitem__), pairs
+
+
+def tokenizer_metadata(rule: str, kind: str = "gpt2") -> dict[str, Any]:
+    tokens, merges = vocabulary()
+    tokens = [*tokens, "<s>", "</s>", "<think>"]
+    return {
+        **LLAMA,
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.pre": rule,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - 3) + [3, 3, 4],
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": len(tokens) - 3,
+        "tokenizer.ggml.eos_token_id": len(tokens) - 2,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.chat_template": "{{ messages }}",
+        "general.sampling.temp": 0.5,
+    }
+
+
+def with_embedding(path: Path, metadata: dict[str, Any]) -> Path:
+    raw = files.encode(np.ones((4, 64)), "F32")
+    return files.write(path / "m.gguf", metadata, {"token_embd.weight": ("F32", (4, 64), raw)})
+
+
+@pytest.mark.parametrize("rule", ["gpt-2", "qwen2", "llama-bpe", "deepseek-v3"])
+def test_tokenizer_of_the_file_round_trips(tmp_path: Path, rule: str) -> None:
+    metadata = tokenizer_metadata(rule)
+    checkpoint = open_checkpoint(with_embedding(tmp_path, metadata))
+    tokenizer = fastgpt.tokenizer.Tokenizer.from_checkpoint(checkpoint)
+    bos = metadata["tokenizer.ggml.bos_token_id"]
+    for text in TEXTS:
+        ids = tokenizer.encode_prompt(text)
+        assert ids[0] == bos
+        assert tokenizer.decode(ids[1:]) == text
+    assert tokenizer.encode_prompt("a<think>b")[2] == bos + 2
+    assert checkpoint.chat_template == "{{ messages }}"
+    assert checkpoint.generation_config["temperature"] == 0.5
+    assert checkpoint.generation_config["eos_token_id"] == bos + 1
+
+
+def test_qwen2_tokenizer_is_transformers(tmp_path: Path) -> None:
+    metadata = tokenizer_metadata("qwen2")
+    checkpoint = open_checkpoint(with_embedding(tmp_path, metadata))
+    tokens, merges = vocabulary()
+    pairs = [tuple(m.split(" ")) for m in merges]
+    theirs = Qwen2Converter(None).converted({t: i for i, t in enumerate(tokens)}, pairs)
+    ours = tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json or "")
+    for text in TEXTS:
+        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text).ids
+
+
+def test_unread_tokenizer_is_named_with_the_fix(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "fastgpt"):
+        checkpoint = open_checkpoint(with_embedding(tmp_path, tokenizer_metadata("x", "llama")))
+    assert checkpoint.tokenizer_json is None
+    assert "kind 'llama', rule 'x', which is not read; give one with --tokenizer" in caplog.text
+
+
+# ---- bad files ----
+
+
+def set_key(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda metadata: metadata.__setitem__(key, value)
+
+
+BAD_METADATA: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
+    "architecture": (
+        set_key("general.architecture", "mamba"), UnsupportedFormat, "architecture 'mamba'"
+    ),
+    "no architecture": (
+        lambda m: m.pop("general.architecture"), UnsupportedFormat, "general.architecture ''"
+    ),
+    "unknown key": (
+        set_key("llama.rope.spin", 1), UnsupportedFormat, r"unknown key 'rope\.spin'"
+    ),
+    "missing key": (
+        lambda m: m.pop("llama.block_count"), CheckpointError, "lacks the metadata 'block_count'"
+    ),
+    "wrong type": (
+        set_key("llama.block_count", "two"), CheckpointError, "block_count 'two'; expected int"
+    ),
+    "experts": (set_key("llama.expert_count", 8), UnsupportedFormat, "expert_count 8"),
+    "window": (
+        set_key("llama.attention.sliding_window", 9), UnsupportedFormat, "sliding_window 9"
+    ),
+    "parts": (set_key("split.count", 3), CheckpointError, "one of 3 parts; join them"),
+    "alignment": (set_key("general.alignment", 3), CheckpointError, "alignment 3; expected a pow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_METADATA)
+def test_bad_metadata_is_named(tmp_path: Path, name: str) -> None:
+    spoil, error, message = BAD_METADATA[name]
+    metadata = dict(LLAMA)
+    spoil(metadata)
+    with pytest.raises(error, match=message) as caught:
+        open_checkpoint(with_embedding(tmp_path, metadata))
+    assert "m.gguf" in str(caught.value)
+
+
+def test_file_cut_anywhere_is_one_error(tmp_path: Path) -> None:
+    path, _ = one(tmp_path, "Q4_K")
+    whole = path.read_bytes()
+    for length in [4, 8, 23, 24, *range(30, len(whole) - 1, 97), len(whole) - 33]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"m\.gguf .*(truncated|copy)"):
+            open_checkpoint(path)
+
+
+def test_flipped_bytes_of_the_header_never_crash(tmp_path: Path) -> None:
+    """Any single damaged header byte is an error of ours or still a readable file."""
+    path, _ = one(tmp_path, "Q4_K")
+    whole = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    for at in rng.integers(4, 700, 300).tolist():
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            checkpoint = open_checkpoint(path)
+            for name in checkpoint.names():
+                checkpoint.read(name)
+        except (CheckpointError, UnsupportedFormat):
+            pass
+
+
+def test_wrong_magic_version_and_type_are_named(tmp_path: Path) -> None:
+    raw = files.encode(np.ones((4, 64)), "F32")
+    good: dict[str, Any] = {"token_embd.weight": ("F32", (4, 64), raw)}
+    path = files.write(tmp_path / "m.gguf", LLAMA, good, magic=b"GGML")
+    with pytest.raises(CheckpointError, match=r"m\.gguf"):
+        open_checkpoint(path)
+    with pytest.raises(CheckpointError, match="GGUF version 1; read are"):
+        open_checkpoint(files.write(path, LLAMA, good, version=1))
+    with pytest.raises(CheckpointError, match="big-endian"):
+        open_checkpoint(files.write(path, LLAMA, good, version=3 << 24))
+    for kind, known in ((10, "Q2_K"), (39, "MXFP4"), (99, "type 99")):
+        bad: dict[str, Any] = {**good, "blk.0.ffn_up.weight": (kind, (1, 256), bytes(256))}
+        with pytest.raises(UnsupportedFormat, match=rf"'blk\.0\.ffn_up\.weight' in {known}"):
+            open_checkpoint(files.write(path, LLAMA, bad))
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path, _ = one(tmp_path, "F32", 2, 2, "blk.0.attn_magic.weight", bytes(16))
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.attn_magic\.weight', which means nothing"):
+        open_checkpoint(path)
+    path, _ = one(tmp_path, "Q4_K", 2, 100, raw=bytes(200))
+    with pytest.raises(CheckpointError, match=r"shape \(2, 100\); Q4_K stores rows in blocks of"):
+        open_checkpoint(path)
+    path, _ = one(tmp_path, "F32", 3, 64, "blk.0.attn_q.weight", bytes(3 * 64 * 4))
+    with pytest.raises(CheckpointError, match="has 3 rows, which 2 heads do not share"):
+        open_checkpoint(path).read("model.layers.0.self_attn.q_proj.weight")
+    with pytest.raises(CheckpointError, match="has no weight 'w'"):
+        open_checkpoint(path).read("w")
+    data = path.read_bytes()
+    table = data.index(b"blk.0.attn_q.weight")
+    at = table + len("blk.0.attn_q.weight") + 4 + 16 + 4  # past rank, two sizes, type
+    path.write_bytes(data[:at] + struct.pack("<Q", 0) + data[at + 8 :])
+    with pytest.raises(CheckpointError, match="overlapping tensors; 'blk"):
+        open_checkpoint(path)
+    path.write_bytes(data[:at] + struct.pack("<Q", 8) + data[at + 8 :])
+    with pytest.raises(CheckpointError, match="offset that is not aligned"):
+        open_checkpoint(path)
+
+
+def test_model_that_lacks_a_tensor_names_it(tmp_path: Path) -> None:
+    reference = reference_model(MODELS["llama"][1].hf_config)
+    tensors = tensors_of(reference, "llama")
+    del tensors["blk.1.ffn_down.weight"]
+    path = files.write(tmp_path / "m.gguf", metadata_of(reference.config, "llama"), tensors)
+    with pytest.raises(CheckpointError, match=r"m\.gguf .*'model\.layers\.1\.mlp\.down_proj"):
+        fastgpt.load(path, device="cpu")
