@@ -22,15 +22,54 @@ from torch import Tensor
 from fastgpt.checkpoint.codes import pack_stream
 from fastgpt.checkpoint.container import Metadata
 from fastgpt.checkpoint.safetensors import DTYPES
-from fastgpt.errors import CheckpointError, UnsupportedFormat
-from fastgpt.scheme import BLOCK, Format, QuantizedTensor
+from fastgpt.errors import CheckpointError, ConfigError, UnsupportedFormat
+from fastgpt.scheme import BLOCK, Format, QuantizedTensor, suggest
 
-__all__ = ["write_compressed_tensors"]
+__all__ = ["OUTPUT_FORMATS", "check_expressible", "check_output", "write_compressed_tensors"]
+
+OUTPUT_FORMATS = ("fastgpt", "compressed-tensors")
 
 LAYOUT_VERSION = "0.20.0"  # of the compressed-tensors package whose layout this is
 SHARD_BYTES = 5_000_000_000
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MODEL_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def check_output(path: str | os.PathLike[str], format: str) -> None:
+    """Check that a model can be saved at a path in a format, before the work is done.
+
+    Raises:
+        ConfigError: an unknown format.
+        CheckpointError: a directory that holds something else.
+    """
+    if format == "compressed-tensors":
+        _check_target(Path(path))
+    if format not in OUTPUT_FORMATS:
+        hint = suggest(format, OUTPUT_FORMATS)
+        raise ConfigError(
+            f"format is {format!r}{hint}; files are written as {' or '.join(OUTPUT_FORMATS)}"
+        )
+
+
+def check_expressible(name: str, fmt: Format | None, shape: tuple[int, ...]) -> None:
+    """Raise UnsupportedFormat if compressed-tensors cannot express a weight of this format."""
+    if fmt is None or fmt.is_plain or fmt.name == "binary":
+        return
+    if not _is_linear(name) or len(shape) != 2:
+        raise UnsupportedFormat(
+            f"{name} is {fmt} of shape {list(shape)}; compressed-tensors stores quantized weights "
+            "of linear layers only: keep it in fp16"
+        )
+    if fmt.name != "fp8" and not fmt.has_groups:
+        raise UnsupportedFormat(
+            f"{name} is {fmt}, which is not written as compressed-tensors; choose fp8 or int4"
+        )
+    if fmt.group_size and shape[1] % fmt.group_size:
+        raise UnsupportedFormat(
+            f"{name} is {fmt} with {shape[1]} columns, whose last group is short; "
+            f"compressed-tensors has whole groups only: choose a group_size that divides "
+            f"{shape[1]}, or fp8"
+        )
 
 
 def write_compressed_tensors(
@@ -102,27 +141,17 @@ class _Layout:
             UnsupportedFormat: if the layout cannot express it.
         """
         module = name.removesuffix(".weight")
-        is_embedding = module.rpartition(".")[2] == "embed_tokens"
         if isinstance(stored, Tensor):
-            if stored.dim() == 2 and name.endswith(".weight") and not is_embedding:
+            if stored.dim() == 2 and _is_linear(name):
                 self._ignored.append(module)
             return [(name, stored)]
         if stored.format.name == "binary":
             return [(name, self._narrow(stored.dequantize()))]
-        if is_embedding or not name.endswith(".weight") or len(stored.shape) != 2:
-            raise UnsupportedFormat(
-                f"{name} is {stored.format} of shape {list(stored.shape)}; compressed-tensors "
-                "stores quantized weights of linear layers only: keep it in fp16"
-            )
+        check_expressible(name, stored.format, stored.shape)
         self._modules[module] = stored.format
         if stored.format.name == "fp8":
             return self._fp8(module, stored)
-        if stored.format.has_groups:
-            return self._integers(module, stored)
-        raise UnsupportedFormat(
-            f"{name} is {stored.format}, which compressed-tensors cannot express; choose fp8 or "
-            "int4 for it"
-        )
+        return self._integers(module, stored)
 
     def _fp8(self, module: str, stored: QuantizedTensor) -> list[tuple[str, Tensor]]:
         scale = stored.parts["scale"]
@@ -133,13 +162,6 @@ class _Layout:
 
     def _integers(self, module: str, stored: QuantizedTensor) -> list[tuple[str, Tensor]]:
         fmt, (rows, cols) = stored.format, stored.shape
-        assert fmt.group_size is not None
-        if cols % fmt.group_size:
-            raise UnsupportedFormat(
-                f"{module}.weight is {fmt} with {cols} columns, whose last group is short; "
-                "compressed-tensors has whole groups only: choose a group_size that divides "
-                f"{cols}, or fp8"
-            )
         words = pack_stream(stored.codes(), fmt.bits, -(-cols * fmt.bits // 32) * 4)
         parts = [
             (f"{module}.weight_packed", words.contiguous().view(torch.int32)),
@@ -207,6 +229,11 @@ class _Layout:
                 pattern = _pattern(module)
                 targets.append(pattern if by_pattern[pattern] == {fmt} else module)
         return list(dict.fromkeys(targets))
+
+
+def _is_linear(name: str) -> bool:
+    """Tell whether a weight is a linear layer's: what `Linear` means as a target."""
+    return name.endswith(".weight") and not name.endswith("embed_tokens.weight")
 
 
 def _pattern(module: str) -> str:

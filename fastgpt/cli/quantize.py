@@ -13,7 +13,7 @@ __all__ = ["quantize"]
 
 def quantize(
     source: Annotated[
-        str, typer.Argument(help="Hugging Face directory, FastGPT file, or state-dict .pt.")
+        str, typer.Argument(help="Hugging Face directory, FastGPT or GGUF file, or state-dict .pt.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as m.pt.")],
     policy: Annotated[
@@ -49,8 +49,10 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, write nothing.")] = False,
 ) -> None:
     """Quantize a model into one file, or into a directory for other engines."""
+    from fastgpt.checkpoint.export import check_expressible, check_output
     from fastgpt.quant import Quantizer
 
+    check_output(output, format)
     quantizer = Quantizer(
         source,
         _read_policy(policy),
@@ -64,9 +66,27 @@ def quantize(
     if dry_run:
         typer.echo(str(quantizer.dry_run()))
         return
-    quantizer.write(output, format=format)
-    files = output.iterdir() if output.is_dir() else [output]
-    typer.echo(f"wrote {output}, {sum(file.stat().st_size for file in files):,} bytes")
+    if format == "fastgpt":
+        quantizer.write(output)
+    else:
+        # By way of a file of ours: the run itself knows one form only.
+        for item in quantizer.plan():
+            check_expressible(item.name, item.format, item.shape)
+        file = output.with_name(f".{output.name}.pt")
+        quantizer.write(file)
+        _export(file, output)
+        file.unlink()
+    written = output.rglob("*") if output.is_dir() else [output]
+    typer.echo(f"wrote {output}, {sum(file.stat().st_size for file in written):,} bytes")
+
+
+def _export(file: Path, output: Path) -> None:
+    """Write a file of ours as a compressed-tensors directory, one tensor in memory at a time."""
+    from fastgpt.checkpoint import Container, write_compressed_tensors
+
+    opened = Container(file)
+    tensors = ((name, opened.read(name)) for name in opened.metadata.tensors)
+    write_compressed_tensors(output, tensors, opened.metadata)
 
 
 def _budget(size: str | None, max_kl: float | None, min_top1: float | None) -> Any:

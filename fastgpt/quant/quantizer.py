@@ -14,7 +14,7 @@ from torch import nn
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.checkpoint.container import Metadata, write_container
-from fastgpt.checkpoint.export import write_compressed_tensors
+from fastgpt.checkpoint.export import check_output, write_compressed_tensors
 from fastgpt.checkpoint.state_dict import StateDict
 from fastgpt.errors import ConfigError
 from fastgpt.models import load as load_model
@@ -28,11 +28,10 @@ from fastgpt.quant.report import Report
 from fastgpt.quant.search import is_searched
 from fastgpt.quant.sources import TextFiles, module_checkpoint, open_source, text_of_module
 from fastgpt.quant.verify import checkpoint_sha256
-from fastgpt.scheme import Format, suggest
+from fastgpt.scheme import Format
 
 __all__ = ["QuantizedModel", "Quantizer"]
 
-OUTPUT_FORMATS = ("fastgpt", "compressed-tensors")
 _HEADER_BYTES_PER_TENSOR = 1000  # two parts with name, shape, offsets, sums; its choice
 
 
@@ -210,17 +209,12 @@ class Quantizer:
         return result
 
     @_one_torch_thread()
-    def write(
-        self, path: str | os.PathLike[str], progress: bool = True, *, format: str = "fastgpt"
-    ) -> Report:
+    def write(self, path: str | os.PathLike[str], progress: bool = True) -> Report:
         """Quantize straight into a file, one tensor in memory at a time; return the report.
 
-        The file is the one `convert().save(path, format=format)` writes.
+        The file is the one `convert().save(path)` writes.
         """
-        check_output_format(format)
         if self._checkpoint is None:
-            if format != "fastgpt":
-                raise ConfigError(f"{format} describes models of fastgpt.models, not other modules")
             self.convert(progress=progress).save(path)
             return self.report
         self.report = Report()
@@ -232,10 +226,10 @@ class Quantizer:
             metadata.report = self.report.to_json()
             metadata.certificate = self._certificate()
 
-        _write(path, tensors(), metadata, num_tensors=len(self.plan()), format=format)
+        _write(path, tensors(), metadata, num_tensors=len(self.plan()))
         while not self._is_good_enough():
             self._restart()
-            _write(path, tensors(), metadata, num_tensors=len(self.plan()), format=format)
+            _write(path, tensors(), metadata, num_tensors=len(self.plan()))
         if progress:
             sys.stdout.write(f"{self.report}\n")
         return self.report
@@ -456,18 +450,11 @@ class QuantizedModel(nn.Module):
         Raises:
             UnsupportedFormat: a weight that compressed-tensors cannot express, by name.
         """
-        check_output_format(format)
-        num_tensors = len(self._tensors)
-        _write(path, self._tensors.items(), self.metadata, num_tensors=num_tensors, format=format)
-
-
-def check_output_format(format: str) -> None:
-    """Raise ConfigError unless files of this format can be written."""
-    if format not in OUTPUT_FORMATS:
-        hint = suggest(format, OUTPUT_FORMATS)
-        raise ConfigError(
-            f"format is {format!r}{hint}; files are written as {' or '.join(OUTPUT_FORMATS)}"
-        )
+        check_output(path, format)
+        if format == "compressed-tensors":
+            write_compressed_tensors(path, self._tensors.items(), self.metadata)
+            return
+        _write(path, self._tensors.items(), self.metadata, num_tensors=len(self._tensors))
 
 
 def _write(
@@ -476,11 +463,7 @@ def _write(
     metadata: Metadata,
     *,
     num_tensors: int,
-    format: str,
 ) -> None:
-    if format == "compressed-tensors":
-        write_compressed_tensors(path, tensors, metadata)
-        return
     # Room for the header saves writing a large file twice; a small one is copied and stays tight.
     text_bytes = len((metadata.tokenizer_json or "").encode()) * 2
     reserve = text_bytes + num_tensors * _HEADER_BYTES_PER_TENSOR + 65536

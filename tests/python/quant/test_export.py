@@ -221,6 +221,18 @@ def test_command_writes_the_directory(tmp_path: Path, directory: Path) -> None:
     result = CliRunner().invoke(app, [*command, "--format", "compressed_tensors"])
     assert result.exit_code == 1
     assert "did you mean 'compressed-tensors'?" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "policy.json"]
+
+
+def test_command_refuses_before_it_works(tmp_path: Path) -> None:
+    command = ["quantize", str(ASSET), "--calibration", "none", "--format", "compressed-tensors"]
+    (tmp_path / "p.json").write_text(json.dumps({"io_layers": "fp8"}))
+    made = [*command, "--output", str(tmp_path / "x"), "--policy", str(tmp_path / "p.json")]
+    result = CliRunner().invoke(app, made)
+    assert "model.embed_tokens.weight is fp8" in result.output
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path)])
+    assert "exists and is not a compressed-tensors directory" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["p.json"]
 
 
 # ---- what cannot be expressed ----
