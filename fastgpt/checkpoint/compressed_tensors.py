@@ -59,6 +59,7 @@ class Scheme:
         symmetric: without zero points.
         group_size: columns of a group; None: one scale a row, or one for all.
         block: rows and columns of a block, None without.
+        has_order: columns of a group are not neighbours; `weight_g_idx` names each one's group.
     """
 
     layout: str
@@ -67,6 +68,7 @@ class Scheme:
     symmetric: bool
     group_size: int | None
     block: tuple[int, int] | None
+    has_order: bool
 
     @property
     def kind(self) -> str:
@@ -81,6 +83,8 @@ class Scheme:
     @property
     def format(self) -> Format | None:
         """The format that keeps the codes, None if none does."""
+        if self.has_order:
+            return None
         if not self.is_float:
             return held_as(self.bits, self.group_size, symmetric=self.symmetric)
         if self.block not in (None, (BLOCK, BLOCK)):
@@ -206,7 +210,9 @@ def _parse_scheme(group: Settings, layout: str) -> Scheme:
     bits = weights.one_of("num_bits", (8,) if is_float else (2, 3, 4, 5, 6, 7, 8), 8)
     symmetric = weights.get("symmetric", bool, True)
     group_size = weights.get("group_size", int, -1)
-    guess = "group" if group_size > 0 else "channel" if "group_size" in weights.values else "tensor"
+    guess = "group" if group_size > 0 else "channel"
+    if weights.values.get("group_size") is None:
+        guess = "tensor"
     strategies = ("tensor", "channel", "block") if is_float else ("tensor", "channel", "group")
     strategy = weights.one_of("strategy", strategies, guess)
     block = None
@@ -218,6 +224,7 @@ def _parse_scheme(group: Settings, layout: str) -> Scheme:
     if strategy == "group" and group_size < 1:
         weights.fail(f"has strategy 'group' with group_size {group_size}")
     weights.refuse("dynamic")
+    has_order = weights.values.get("actorder") in ("group", "dynamic", True)
     weights.ignore("block_structure", "actorder", "observer", "observer_kwargs", "scale_dtype",
                    "zp_dtype")  # fmt: skip
     weights.done()
@@ -227,7 +234,7 @@ def _parse_scheme(group: Settings, layout: str) -> Scheme:
             f"{layout}, which is not read"
         )
     size_or_none = group_size if strategy == "group" else None
-    return Scheme(layout, bits, is_float, symmetric, size_or_none, block)
+    return Scheme(layout, bits, is_float, symmetric, size_or_none, block, has_order)
 
 
 def _is_class(target: str) -> bool:
@@ -244,6 +251,8 @@ def _check_packed(scheme: Scheme, module: str, tensors: StoredTensors) -> None:
         tensors.fail(f"{module}.weight_scale", f"has shape {scale.shape} for {rows} rows")
     if not scheme.symmetric:
         tensors.require(f"{module}.weight_zero_point", name, (torch.int32, torch.int8))
+    if scheme.has_order:
+        tensors.require(f"{module}.weight_g_idx", name, (torch.int32, torch.int64), 1)
 
 
 def _check_plain(scheme: Scheme, module: str, tensors: StoredTensors) -> None:

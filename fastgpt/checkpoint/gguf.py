@@ -20,6 +20,7 @@ from fastgpt.checkpoint.gguf_model import (
     places,
     rope_factors_scaling,
     to_config,
+    token_ids,
 )
 from fastgpt.checkpoint.gguf_tokenizer import tokenizer_config, tokenizer_json
 from fastgpt.errors import CheckpointError
@@ -154,10 +155,7 @@ class GgufCheckpoint(Checkpoint):
 
 
 def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    fields = {}
-    for key in ("bos", "eos"):
-        if (token := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
-            fields[f"{key}_token_id"] = token
+    fields = token_ids(metadata)
     for key, name in _SAMPLING.items():
         if (value := metadata.get(f"general.sampling.{key}")) is not None:
             fields[name] = value

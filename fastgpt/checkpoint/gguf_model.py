@@ -12,7 +12,7 @@ import torch
 from fastgpt.checkpoint.foreign import Settings
 from fastgpt.checkpoint.gguf_file import GgufTensor
 
-__all__ = ["Place", "places", "rope_factors_scaling", "to_config"]
+__all__ = ["Place", "places", "rope_factors_scaling", "to_config", "token_ids"]
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -97,6 +97,8 @@ def places(
                 found[target] = Place(name, expert=expert)
         elif kind == "exp_probs_b":
             found[f"{layer}.mlp.gate.e_score_correction_bias"] = Place(name)
+        elif kind in ("attn_k_b", "attn_v_b") and f"blk.{match[1]}.attn_kv_b.weight" in tensors:
+            continue  # some files hold kv_b both ways
         elif kind == "attn_k_b":
             values = f"blk.{match[1]}.attn_v_b.weight"
             if values not in tensors:
@@ -166,12 +168,19 @@ def to_config(
     else:
         config |= _dense(fields, architecture, config, tensors)
     config["rope_scaling"] = _rope_scaling(fields, config["max_position_embeddings"])
-    for key in ("bos", "eos"):
-        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
-            config[f"{key}_token_id"] = token
+    config |= token_ids(metadata)
     fields.done()
     return config
+
+
+def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return bos_token_id and eos_token_id, the latter with every id that ends a turn."""
+    found = {k: metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos", "eot", "eom")}
+    ends = list(dict.fromkeys(found[k] for k in ("eos", "eot", "eom") if found[k] is not None))
+    fields: dict[str, Any] = {} if found["bos"] is None else {"bos_token_id": found["bos"]}
+    if ends:
+        fields["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return fields
 
 
 class _Fields(Settings):

@@ -190,8 +190,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._foreign, unused = FOREIGN[method](quantization, tensors, dtype)
         if not self._foreign:
             self._fail(
-                f"says it is quantized by {method!r} but holds no such weights; remove "
-                "quantization_config from its config.json if they are plain"
+                f"says it is quantized by {method!r} but holds no such weights; if they are plain, "
+                f"remove quantization_config from config.json, or {' or '.join(SETTINGS_FILES)}"
             )
         self._joined = unused.union(*(weight.parts.values() for weight in self._foreign.values()))
         for name in self._foreign.keys() & self._stored.keys():

@@ -150,3 +150,37 @@ def _block(kind: str, raw: bytes) -> list[np.float32]:
             code = (byte >> 4 if part % 2 else byte & 15) | (high[pos] >> part & 1) << 4
             out.append(scale * np.float32(code) - offset)
     return out
+
+
+LLAMA: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 128,
+    "llama.block_count": 1,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 1,
+    "llama.context_length": 128,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+
+
+def one(
+    path: Path,
+    kind: str,
+    rows: int = 3,
+    cols: int = 512,
+    name: str = "blk.0.ffn_up.weight",
+    raw: bytes | None = None,
+) -> tuple[Path, bytes]:
+    """Write a file with one weight of this type, and an embedding that makes it a model."""
+    raw = random_blocks(kind, rows, cols) if raw is None else raw
+    tensors = {
+        "token_embd.weight": ("F32", (4, 64), encode(np.ones((4, 64)), "F32")),
+        name: (kind, (rows, cols), raw),
+    }
+    return write(path / "m.gguf", LLAMA, tensors), raw
+
+
+def with_embedding(path: Path, metadata: dict[str, Any]) -> Path:
+    raw = encode(np.ones((4, 64)), "F32")
+    return write(path / "m.gguf", metadata, {"token_embd.weight": ("F32", (4, 64), raw)})

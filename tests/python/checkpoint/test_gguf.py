@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +10,7 @@ import gguf_files as files
 import ml_dtypes
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from transformers.convert_slow_tokenizer import Qwen2Converter
 from typer.testing import CliRunner
 
 import fastgpt
@@ -31,38 +25,10 @@ from fastgpt.scheme import QuantizedTensor
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from tiny_models import CASES, case, prompts_for, reference_logits, reference_model, worst_error
 
-LLAMA: dict[str, Any] = {
-    "general.architecture": "llama",
-    "llama.embedding_length": 64,
-    "llama.feed_forward_length": 128,
-    "llama.block_count": 1,
-    "llama.attention.head_count": 2,
-    "llama.attention.head_count_kv": 1,
-    "llama.context_length": 128,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-}
-
-
-def one(
-    path: Path,
-    kind: str,
-    rows: int = 3,
-    cols: int = 512,
-    name: str = "blk.0.ffn_up.weight",
-    raw: bytes | None = None,
-) -> tuple[Path, bytes]:
-    """Write a file with one weight of this type, and an embedding that makes it a model."""
-    raw = files.random_blocks(kind, rows, cols) if raw is None else raw
-    tensors = {
-        "token_embd.weight": ("F32", (4, 64), files.encode(np.ones((4, 64)), "F32")),
-        name: (kind, (rows, cols), raw),
-    }
-    return files.write(path / "m.gguf", LLAMA, tensors), raw
-
 
 @pytest.mark.parametrize("kind", files.SIZES)
 def test_blocks_decode_as_ggml_defines_them(tmp_path: Path, kind: str) -> None:
-    path, raw = one(tmp_path, kind)
+    path, raw = files.one(tmp_path, kind)
     expected = files.decode(kind, raw, 3, 512)
     checkpoint = open_checkpoint(path)
     stored = checkpoint.read("model.layers.0.mlp.up_proj.weight")
@@ -96,7 +62,7 @@ def test_blocks_decode_as_the_gguf_package_does(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["F16", "BF16"])
 def test_every_16_bit_number_is_read_as_it_is(tmp_path: Path, kind: str) -> None:
     every = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
-    path, _ = one(tmp_path, kind, 256, 256, raw=every.tobytes())
+    path, _ = files.one(tmp_path, kind, 256, 256, raw=every.tobytes())
     stored = open_checkpoint(path).read("model.layers.0.mlp.up_proj.weight")
     assert isinstance(stored, torch.Tensor)
     want = every.view(np.float16 if kind == "F16" else ml_dtypes.bfloat16).astype(np.float32)
@@ -105,7 +71,7 @@ def test_every_16_bit_number_is_read_as_it_is(tmp_path: Path, kind: str) -> None
 
 def test_values_beyond_float16_become_bfloat16(tmp_path: Path) -> None:
     block = np.float16(1000.0).tobytes() + np.full(32, 100, np.int8).tobytes()
-    path, _ = one(tmp_path, "Q8_0", 1, 32, raw=block)
+    path, _ = files.one(tmp_path, "Q8_0", 1, 32, raw=block)
     stored = open_checkpoint(path).read("model.layers.0.mlp.up_proj.weight")
     assert isinstance(stored, torch.Tensor)
     assert stored.dtype == torch.bfloat16
@@ -277,7 +243,7 @@ def test_llama3_rope_factors_are_recognized(tmp_path: Path) -> None:
     scaled = RopeConfig.parse({"rope_theta": 500000.0, "rope_scaling": scaling}, 32)
     factors = (frequencies(plain) / frequencies(scaled)).numpy()
     assert factors.max() == pytest.approx(8)
-    metadata = {**LLAMA, "llama.rope.freq_base": 500000.0}
+    metadata = {**files.LLAMA, "llama.rope.freq_base": 500000.0}
     tensors = {
         "token_embd.weight": ("F32", (4, 64), files.encode(np.ones((4, 64)), "F32")),
         "rope_freqs.weight": ("F32", (16,), files.encode(factors, "F32")),
@@ -314,7 +280,7 @@ def test_quantizer_and_inspect_take_a_file(tmp_path: Path) -> None:
 def test_files_of_the_gguf_package_are_read(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    for key, value in LLAMA.items():
+    for key, value in files.LLAMA.items():
         if isinstance(value, int):
             writer.add_uint32(key, value)
         elif isinstance(value, float):
@@ -335,198 +301,6 @@ def test_files_of_the_gguf_package_are_read(tmp_path: Path) -> None:
         stored = checkpoint.read(f"model.layers.0.mlp.{name}.weight")
         dense = stored if isinstance(stored, torch.Tensor) else stored.dequantize()
         assert np.abs(dense.float().numpy() - weight).max() <= np.abs(weight).max() * tolerance
-
-
-# ---- tokenizer ----
-
-TEXTS = [
-    "Hello, world! It's 12345 o'clock.",
-    "def f(x):\n\treturn x\r\n\n",
-    "  naïve café 你好 ",
-    "",
-]
-
-
-def vocabulary() -> tuple[list[str], list[str]]:
-    """Return tokens and merges of a small byte-level BPE trained here."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([Path(__file__).read_text("utf-8")], trainer)
-    vocab = tokenizer.get_vocab()
-    merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    pairs = [m if isinstance(m, str) else " ".join(m) for m in merges]
-    return sorted(vocab, key=vocab.__getitem__), pairs
-
-
-def tokenizer_metadata(rule: str, kind: str = "gpt2") -> dict[str, Any]:
-    tokens, merges = vocabulary()
-    tokens = [*tokens, "<s>", "</s>", "<think>"]
-    return {
-        **LLAMA,
-        "tokenizer.ggml.model": kind,
-        "tokenizer.ggml.pre": rule,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * (len(tokens) - 3) + [3, 3, 4],
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": len(tokens) - 3,
-        "tokenizer.ggml.eos_token_id": len(tokens) - 2,
-        "tokenizer.ggml.add_bos_token": True,
-        "tokenizer.chat_template": "{{ messages }}",
-        "general.sampling.temp": 0.5,
-    }
-
-
-def with_embedding(path: Path, metadata: dict[str, Any]) -> Path:
-    raw = files.encode(np.ones((4, 64)), "F32")
-    return files.write(path / "m.gguf", metadata, {"token_embd.weight": ("F32", (4, 64), raw)})
-
-
-@pytest.mark.parametrize("rule", ["gpt-2", "qwen2", "llama-bpe", "deepseek-v3"])
-def test_tokenizer_of_the_file_round_trips(tmp_path: Path, rule: str) -> None:
-    metadata = tokenizer_metadata(rule)
-    checkpoint = open_checkpoint(with_embedding(tmp_path, metadata))
-    tokenizer = fastgpt.tokenizer.Tokenizer.from_checkpoint(checkpoint)
-    bos = metadata["tokenizer.ggml.bos_token_id"]
-    for text in TEXTS:
-        ids = tokenizer.encode_prompt(text)
-        assert ids[0] == bos
-        assert tokenizer.decode(ids[1:]) == text
-    assert tokenizer.encode_prompt("a<think>b")[2] == bos + 2
-    assert checkpoint.chat_template == "{{ messages }}"
-    assert checkpoint.generation_config["temperature"] == 0.5
-    assert checkpoint.generation_config["eos_token_id"] == bos + 1
-
-
-def test_qwen2_tokenizer_is_transformers(tmp_path: Path) -> None:
-    metadata = tokenizer_metadata("qwen2")
-    checkpoint = open_checkpoint(with_embedding(tmp_path, metadata))
-    tokens, merges = vocabulary()
-    pairs = [tuple(m.split(" ")) for m in merges]
-    theirs = Qwen2Converter(None).converted({t: i for i, t in enumerate(tokens)}, pairs)
-    ours = tokenizers.Tokenizer.from_str(checkpoint.tokenizer_json or "")
-    for text in TEXTS:
-        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text).ids
-
-
-def test_unread_tokenizer_is_named_with_the_fix(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, "fastgpt"):
-        checkpoint = open_checkpoint(with_embedding(tmp_path, tokenizer_metadata("x", "llama")))
-    assert checkpoint.tokenizer_json is None
-    assert "kind 'llama', rule 'x', which is not read; give one with --tokenizer" in caplog.text
-
-
-# ---- bad files ----
-
-
-def set_key(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda metadata: metadata.__setitem__(key, value)
-
-
-BAD_METADATA: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
-    "architecture": (
-        set_key("general.architecture", "mamba"), UnsupportedFormat, "architecture 'mamba'"
-    ),
-    "no architecture": (
-        lambda m: m.pop("general.architecture"), UnsupportedFormat, "general.architecture ''"
-    ),
-    "unknown key": (
-        set_key("llama.rope.spin", 1), UnsupportedFormat, r"unknown key 'rope\.spin'"
-    ),
-    "missing key": (
-        lambda m: m.pop("llama.block_count"), CheckpointError, "lacks the metadata 'block_count'"
-    ),
-    "wrong type": (
-        set_key("llama.block_count", "two"), CheckpointError, "block_count 'two'; expected int"
-    ),
-    "experts": (set_key("llama.expert_count", 8), UnsupportedFormat, "expert_count 8"),
-    "window": (
-        set_key("llama.attention.sliding_window", 9), UnsupportedFormat, "sliding_window 9"
-    ),
-    "parts": (set_key("split.count", 3), CheckpointError, "one of 3 parts; join them"),
-    "alignment": (set_key("general.alignment", 3), CheckpointError, "alignment 3; expected a pow"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD_METADATA)
-def test_bad_metadata_is_named(tmp_path: Path, name: str) -> None:
-    spoil, error, message = BAD_METADATA[name]
-    metadata = dict(LLAMA)
-    spoil(metadata)
-    with pytest.raises(error, match=message) as caught:
-        open_checkpoint(with_embedding(tmp_path, metadata))
-    assert "m.gguf" in str(caught.value)
-
-
-def test_file_cut_anywhere_is_one_error(tmp_path: Path) -> None:
-    path, _ = one(tmp_path, "Q4_K")
-    whole = path.read_bytes()
-    for length in [4, 8, 23, 24, *range(30, len(whole) - 1, 97), len(whole) - 33]:
-        path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"m\.gguf .*(truncated|copy)"):
-            open_checkpoint(path)
-
-
-def test_flipped_bytes_of_the_header_never_crash(tmp_path: Path) -> None:
-    """Any single damaged header byte is an error of ours or still a readable file."""
-    path, _ = one(tmp_path, "Q4_K")
-    whole = bytearray(path.read_bytes())
-    rng = np.random.default_rng(0)
-    for at in rng.integers(4, 700, 300).tolist():
-        damaged = bytearray(whole)
-        damaged[at] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
-        try:
-            checkpoint = open_checkpoint(path)
-            for name in checkpoint.names():
-                checkpoint.read(name)
-        except (CheckpointError, UnsupportedFormat):
-            pass
-
-
-def test_wrong_magic_version_and_type_are_named(tmp_path: Path) -> None:
-    raw = files.encode(np.ones((4, 64)), "F32")
-    good: dict[str, Any] = {"token_embd.weight": ("F32", (4, 64), raw)}
-    path = files.write(tmp_path / "m.gguf", LLAMA, good, magic=b"GGML")
-    with pytest.raises(CheckpointError, match=r"m\.gguf"):
-        open_checkpoint(path)
-    with pytest.raises(CheckpointError, match="GGUF version 1; read are"):
-        open_checkpoint(files.write(path, LLAMA, good, version=1))
-    with pytest.raises(CheckpointError, match="big-endian"):
-        open_checkpoint(files.write(path, LLAMA, good, version=3 << 24))
-    for kind, known in ((10, "Q2_K"), (39, "MXFP4"), (99, "type 99")):
-        bad: dict[str, Any] = {**good, "blk.0.ffn_up.weight": (kind, (1, 256), bytes(256))}
-        with pytest.raises(UnsupportedFormat, match=rf"'blk\.0\.ffn_up\.weight' in {known}"):
-            open_checkpoint(files.write(path, LLAMA, bad))
-
-
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    path, _ = one(tmp_path, "F32", 2, 2, "blk.0.attn_magic.weight", bytes(16))
-    with pytest.raises(CheckpointError, match=r"'blk\.0\.attn_magic\.weight', which means nothing"):
-        open_checkpoint(path)
-    path, _ = one(tmp_path, "Q4_K", 2, 100, raw=bytes(200))
-    with pytest.raises(CheckpointError, match=r"shape \(2, 100\); Q4_K stores rows in blocks of"):
-        open_checkpoint(path)
-    path, _ = one(tmp_path, "F32", 3, 64, "blk.0.attn_q.weight", bytes(3 * 64 * 4))
-    with pytest.raises(CheckpointError, match="has 3 rows, which 2 heads do not share"):
-        open_checkpoint(path).read("model.layers.0.self_attn.q_proj.weight")
-    with pytest.raises(CheckpointError, match="has no weight 'w'"):
-        open_checkpoint(path).read("w")
-    data = path.read_bytes()
-    table = data.index(b"blk.0.attn_q.weight")
-    at = table + len("blk.0.attn_q.weight") + 4 + 16 + 4  # past rank, two sizes, type
-    path.write_bytes(data[:at] + struct.pack("<Q", 0) + data[at + 8 :])
-    with pytest.raises(CheckpointError, match="overlapping tensors; 'blk"):
-        open_checkpoint(path)
-    path.write_bytes(data[:at] + struct.pack("<Q", 8) + data[at + 8 :])
-    with pytest.raises(CheckpointError, match="offset that is not aligned"):
-        open_checkpoint(path)
 
 
 def test_model_that_lacks_a_tensor_names_it(tmp_path: Path) -> None:
