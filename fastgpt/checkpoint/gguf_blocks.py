@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgpt.checkpoint.codes import Stored, from_codes, round_to
+from fastgpt.checkpoint.codes import Stored, from_codes
 from fastgpt.scheme import Format
 
 __all__ = ["BLOCK_TYPES", "TYPE_NAMES", "BlockType", "decode"]
@@ -30,6 +30,7 @@ TYPE_NAMES = {
     23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 30: "BF16",
     34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
+_CHUNK_VALUES = 1 << 18  # decoded at once: their float32 steps stay in the core's cache
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # (code - 8) d with 32 values a scale is int4; a negative d swaps the codes' order, which moves the
 # zero point to 7, so the weight needs zero points.
@@ -64,13 +65,26 @@ def decode(raw: Tensor, kind: str, cols: int) -> Stored:
     block = BLOCK_TYPES[kind]
     blocks = raw.reshape(-1, block.num_bytes)
     if block.decode is not None:
-        return round_to(block.decode(blocks).view(raw.shape[0], cols), torch.float16)
+        rounded = _rounded(block, blocks, torch.float16)
+        if not bool(torch.isfinite(rounded).all()):
+            rounded = _rounded(block, blocks, torch.bfloat16)
+        return rounded.view(raw.shape[0], cols)
     scale = _half(blocks, 0).view(raw.shape[0], -1)
     codes = _nibbles(blocks[:, 2:]).view(raw.shape[0], -1, 32)
     is_swapped = scale < 0
     codes = torch.where(is_swapped.unsqueeze(-1), 15 - codes, codes).flatten(1)
     zero = torch.where(is_swapped, 7, 8).to(torch.uint8)
     return from_codes(codes, scale.abs(), zero, bits=4, group_size=32, dtype=torch.float16)
+
+
+def _rounded(block: BlockType, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of all blocks in `dtype`, [n, num_values]."""
+    assert block.decode is not None
+    out = torch.empty((blocks.shape[0], block.num_values), dtype=dtype)
+    step = max(1, _CHUNK_VALUES // block.num_values)
+    for start in range(0, blocks.shape[0], step):
+        out[start : start + step] = block.decode(blocks[start : start + step])
+    return out
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:
