@@ -14,7 +14,7 @@ __all__ = ["main", "serve"]
 
 def serve(
     model: Annotated[
-        str, typer.Option(help="A quantized file (m.pt) or a Hugging Face directory.")
+        str, typer.Option(help="A FastGPT file, a Hugging Face directory or a GGUF file.")
     ],
     config: Annotated[Path | None, typer.Option(help="YAML file; flags win over it.")] = None,
     tokenizer: Annotated[

@@ -75,7 +75,7 @@ class Engine:
     `add_request`, `abort` and `stats` may be called from any thread; steps run one at a time.
 
     Args:
-        model: a container file, a Hugging Face directory, an open Checkpoint, or a Model.
+        model: a container, a Hugging Face directory, a GGUF file, an open Checkpoint, or a Model.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16, of activations and cache.
         memory_pool_size: cap of the memory taken: bytes, "24GB", "0.9" (of what is free), "-2GiB".

@@ -89,7 +89,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> CausalLM:
-    """Return the model of a Hugging Face directory or a FastGPT file, ready to call.
+    """Return the model of a Hugging Face directory, a FastGPT or a GGUF file, ready to call.
 
     Args:
         source: a path, or a checkpoint opened before.

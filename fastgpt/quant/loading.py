@@ -24,14 +24,14 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> Any:
-    """Return the model in a FastGPT file or a Hugging Face directory, ready to call.
+    """Return the model in a FastGPT file, a Hugging Face directory or a GGUF file, ready to call.
 
     A model of a known family is an nn.Module of FastGPT's: forward(input_ids [batch, tokens]) ->
     logits [batch, tokens, vocab], float32. Any other module is loaded into an instance of its own
     class, which the file does not name: `load(path, into=module)` fills it and returns it.
 
     Args:
-        path: a container or a model directory.
+        path: a container, a model directory or a GGUF file.
         into: an instance of the class that was quantized, for a file without a model configuration.
         device: "auto" is the GPU where there is one; ignored with `into`, which stays where it is.
         dtype: type of the activations; "auto" is the checkpoint's where the device computes in it.

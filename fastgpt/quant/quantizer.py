@@ -57,7 +57,8 @@ class Quantizer:
 
     Args:
         model_or_path: an nn.Module (one of FastGPT's, one of transformers', or any module with
-            linear layers), a Hugging Face directory, a FastGPT file, or a pickled state dict.
+            linear layers), a Hugging Face directory, a FastGPT or GGUF file, or a pickled state
+            dict.
         config: role -> format, with `overrides` and `sensitive`; the name of a preset; or None for
             "four-tier" (fp8 attention, int4 feed-forward, binary norms, fp16 embedding and head).
         tokenizer: a directory or tokenizer.json to put into the file; by default the one beside the

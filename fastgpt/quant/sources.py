@@ -74,7 +74,7 @@ class TextFiles:
 def open_source(
     path: str | os.PathLike[str], model_config: Mapping[str, Any] | str | None
 ) -> Checkpoint:
-    """Open a Hugging Face directory, a container, or a pickled state dict, by what is there.
+    """Open a Hugging Face directory, a container, a GGUF file or a pickled state dict.
 
     A pickled `.pt` or `.bin` is read through torch's weights-only unpickler, which runs no code;
     its configuration is `model_config` or the config.json beside it.
