@@ -39,7 +39,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return HuggingFaceCheckpoint(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a model directory or a FastGPT file")
-    return GgufCheckpoint(path) if _starts_with(path, MAGIC) else Container(path)
+    is_gguf = path.suffix == ".gguf" or _starts_with(path, MAGIC)
+    return GgufCheckpoint(path) if is_gguf else Container(path)
 
 
 def _starts_with(path: Path, magic: bytes) -> bool:

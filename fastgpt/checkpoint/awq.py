@@ -69,7 +69,7 @@ def find_weights(
     for module, present in by_module(tensors.entries, ("qweight", "scales", "qzeros")).items():
         _check(layout, module, present, tensors)
         parts = {suffix: f"{module}.{suffix}" for suffix in sorted(present)}
-        decode = partial(_decode, layout, dtype)
+        decode = partial(_decode, layout, dtype, tensors, module)
         weights[f"{module}.weight"] = ForeignWeight(layout.kind, parts, decode, becomes)
     return weights, set()
 
@@ -114,7 +114,13 @@ def _check(layout: Layout, module: str, present: set[str], tensors: StoredTensor
             tensors.check_shape(f"{module}.qzeros", (rows, -(-groups // 8)), why)
 
 
-def _decode(layout: Layout, dtype: torch.dtype, parts: Mapping[str, Tensor]) -> Stored:
+def _decode(
+    layout: Layout,
+    dtype: torch.dtype,
+    tensors: StoredTensors,
+    module: str,
+    parts: Mapping[str, Tensor],
+) -> Stored:
     """Return one weight [rows, cols] from its stored parts."""
     zero = parts.get("qzeros")
     if layout.is_gemv:
@@ -129,6 +135,12 @@ def _decode(layout: Layout, dtype: torch.dtype, parts: Mapping[str, Tensor]) -> 
         scale = parts["scales"].T
         if zero is not None:
             zero = _rows_of_words(zero).T.contiguous()
+    if not layout.has_zero_point and zero is not None:
+        if not bool((zero == 2 ** (BITS - 1)).all()):
+            tensors.fail(
+                f"{module}.qzeros", "holds zero points, but the configuration says zero_point false"
+            )
+        zero = None
     return from_codes(codes, scale, zero, bits=BITS, group_size=layout.group_size, dtype=dtype)
 
 

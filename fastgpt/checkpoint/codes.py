@@ -106,7 +106,8 @@ def from_codes(
     Args:
         codes: uint8 [rows, cols].
         scale: floating point [rows, groups].
-        zero: uint8 [rows, groups], the code that means 0.0; None: 2^(bits - 1).
+        zero: uint8 [rows, groups], the code that means 0.0; None: 2^(bits - 1). Experts of a layer
+            share one format, so it is kept even where all zero points lie in the middle.
         bits: of one code.
         group_size: columns that share a scale, the last group may be short; None: all.
         dtype: of the result where no format holds the weight: other group sizes or bits, scales
@@ -115,8 +116,6 @@ def from_codes(
     """
     rows, cols = codes.shape
     middle = 2 ** (bits - 1)
-    if zero is not None and bool((zero == middle).all()):
-        zero = None
     in_order = torch.arange(cols) // (group_size or max(cols, 1))
     if group_of is not None and torch.equal(group_of, in_order):
         group_of = None

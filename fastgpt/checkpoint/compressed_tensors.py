@@ -300,6 +300,13 @@ def _decode(
     zero = parts.get("weight_zero_point")
     if zero is not None:
         zero = _zero_codes(zero, scheme, rows, groups, module, tensors)
+        if scheme.symmetric:  # older files store what they do not need
+            if not bool((zero == middle).all()):
+                tensors.fail(
+                    f"{module}.weight_zero_point",
+                    "is not 0 everywhere in a config group that says it is symmetric",
+                )
+            zero = None
     group_of = parts.get("weight_g_idx")
     if group_of is not None:
         group_of = _group_of(group_of, cols, groups, module, tensors)

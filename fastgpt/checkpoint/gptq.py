@@ -198,6 +198,7 @@ def _decode(
             "`sym` should be false",
         )
     scale = parts["scales"].T
+    zero_or_none = None if layout.symmetric else zero
     group_of = parts.get("g_idx")
     if group_of is not None:
         group_of = group_of.to(torch.int64)
@@ -209,7 +210,7 @@ def _decode(
     return from_codes(
         codes,
         scale,
-        zero,
+        zero_or_none,
         bits=bits,
         group_size=layout.group_size,
         dtype=dtype,

@@ -125,7 +125,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         text = self._text(name)
         if text is None:
             if required:
-                self._fail(f"has no {name}; give a model directory or a FastGPT file")
+                fix = "give a model directory or a FastGPT file"
+                if any(self.path.glob("*.gguf")):
+                    fix = "it holds GGUF files, give one of them"
+                self._fail(f"has no {name}; {fix}")
             return {}
         try:
             value = json.loads(text)

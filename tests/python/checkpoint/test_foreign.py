@@ -238,6 +238,34 @@ def test_streams_of_codes_round_trip(bits: int, rows: int, cols: int, seed: int)
     np.testing.assert_array_equal(codes.read_stream(stream, bits, cols).numpy(), values)
 
 
+@given(
+    st.sampled_from((2, 3, 4, 8)),
+    st.sampled_from((None, 8, 16, 32, 64, 96, 128, 256)),
+    st.integers(1, 4),
+    st.integers(1, 300),
+    st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_weights_of_any_shape_keep_their_values(
+    bits: int, group_size: int | None, rows: int, cols: int, symmetric: bool
+) -> None:
+    weight = make(bits, group_size, rows=rows, cols=cols, symmetric=symmetric)
+    stored = codes.from_codes(
+        torch.from_numpy(weight.codes.astype(np.uint8)),
+        torch.from_numpy(weight.scale),
+        torch.from_numpy(weight.zero.astype(np.uint8)),
+        bits=bits,
+        group_size=group_size,
+        dtype=torch.float32,
+    )
+    if isinstance(stored, QuantizedTensor):
+        assert not stored.format.symmetric  # zero points stay, as experts share one format
+    is_held = bits < 8 and (group_size is None or group_size % 32 == 0)
+    assert isinstance(stored, QuantizedTensor) == is_held
+    dense = stored if isinstance(stored, torch.Tensor) else stored.dequantize()
+    np.testing.assert_array_equal(dense.numpy(), weight.values)
+
+
 def test_every_fp8_code_is_the_number_ml_dtypes_says(tmp_path: Path) -> None:
     every = np.arange(256, dtype=np.uint8).reshape(1, 256)
     finite = every[(every & 0x7F) != 0x7F].reshape(1, -1)

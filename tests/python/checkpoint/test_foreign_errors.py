@@ -151,6 +151,28 @@ def test_activation_order_without_its_index_raises(tmp_path: Path) -> None:
         open_checkpoint(write(tmp_path, files.packed(weight), config))
 
 
+def test_zero_points_that_should_not_be_raise(tmp_path: Path) -> None:
+    weight = make()
+    config = files.awq_config(weight, zero_point=False)
+    with pytest.raises(CheckpointError, match=r"qzeros' holds zero points, but"):
+        read(write(tmp_path, files.awq(weight), config))
+    config = files.ct_config({**files.ct_args(weight), "symmetric": True})
+    with pytest.raises(CheckpointError, match=r"weight_zero_point' is not 0 everywhere"):
+        read(write(tmp_path, files.packed(weight), config))
+
+
+def test_zero_points_a_symmetric_file_stores_needlessly(tmp_path: Path) -> None:
+    weight = make(symmetric=True)
+    config = files.awq_config(weight, zero_point=False)
+    stored = read(write(tmp_path, files.awq(weight), config))
+    assert isinstance(stored, QuantizedTensor)
+    assert str(stored.format) == "int4 g32"
+    tensors = files.packed(files.replace(weight, symmetric=False))
+    stored = read(write(tmp_path, tensors, files.ct_config(files.ct_args(weight))))
+    assert isinstance(stored, QuantizedTensor)
+    assert str(stored.format) == "int4 g32"
+
+
 def test_config_without_quantized_weights_raises(tmp_path: Path) -> None:
     config = files.gptq_config(make())
     with pytest.raises(CheckpointError, match="holds no such weights; if"):

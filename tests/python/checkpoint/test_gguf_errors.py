@@ -84,8 +84,12 @@ def test_wrong_magic_version_and_type_are_named(tmp_path: Path) -> None:
     raw = files.encode(np.ones((4, 64)), "F32")
     good: dict[str, Any] = {"token_embd.weight": ("F32", (4, 64), raw)}
     path = files.write(tmp_path / "m.gguf", files.LLAMA, good, magic=b"GGML")
-    with pytest.raises(CheckpointError, match=r"m\.gguf"):
+    with pytest.raises(CheckpointError, match=r"m\.gguf is no GGUF file: it starts with b'GGML'"):
         open_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"no config\.json; it holds GGUF files"):
+        open_checkpoint(tmp_path)
+    unnamed = files.write(tmp_path / "weights", files.LLAMA, good)
+    assert open_checkpoint(unnamed).names() == ["model.embed_tokens.weight"]
     with pytest.raises(CheckpointError, match="GGUF version 1; read are"):
         open_checkpoint(files.write(path, files.LLAMA, good, version=1))
     with pytest.raises(CheckpointError, match="big-endian"):
