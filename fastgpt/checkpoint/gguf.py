@@ -1,4 +1,4 @@
-"""Read a GGUF file as llama.cpp writes it: one file with weights, configuration and tokenizer."""
+"""Read GGUF files as llama.cpp writes them: weights, configuration and tokenizer in one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.checkpoint.codes import Stored, round_to
 from fastgpt.checkpoint.foreign import Imported, log_imports
 from fastgpt.checkpoint.gguf_blocks import BLOCK_TYPES, PLAIN, decode
-from fastgpt.checkpoint.gguf_file import GgufFile
+from fastgpt.checkpoint.gguf_file import GgufParts
 from fastgpt.checkpoint.gguf_model import (
     ROPE_FACTORS,
     Place,
@@ -35,8 +35,9 @@ _SAMPLING = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k"}
 
 
 class GgufCheckpoint(Checkpoint):
-    """A model in one GGUF file. The header is checked when it is opened; weights are mapped when
-    read.
+    """A model in a GGUF file, or in parts of one: give any of them.
+
+    Headers are checked when it is opened; weights are mapped when read.
 
     Rows of q and k that the llama conversion reordered for another rotary layout are put back.
 
@@ -47,7 +48,7 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file = GgufFile(path)
+        self._file = GgufParts(path)
         metadata = self._file.metadata
         config = to_config(metadata, self._file.tensors, self.path)
         if ROPE_FACTORS in self._file.tensors:

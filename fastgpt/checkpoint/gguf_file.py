@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from fastgpt.checkpoint.gguf_blocks import BLOCK_TYPES, TYPE_NAMES
 from fastgpt.checkpoint.mapping import MappedFile
 from fastgpt.errors import CheckpointError, UnsupportedFormat
 
-__all__ = ["MAGIC", "GgufFile", "GgufTensor"]
+__all__ = ["MAGIC", "GgufFile", "GgufParts", "GgufTensor"]
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -151,6 +152,53 @@ class GgufFile:
         if tensor.start == tensor.end:
             return torch.empty((rows, 0), dtype=torch.uint8)
         return self.mapping.read(tensor.start, tensor.end).view(rows, -1)
+
+
+class GgufParts:
+    """One model in one GGUF file, or in the parts that gguf-split made of it.
+
+    Attributes:
+        metadata: of the first part, which has the model's.
+        tensors: name -> place in its part.
+
+    Raises:
+        CheckpointError: a part is missing, damaged, or not named as gguf-split names it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        given = GgufFile(path)
+        count = given.metadata.get("split.count", 1)
+        self._parts = [given]
+        if isinstance(count, int) and count > 1:
+            match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", given.path.name)
+            if match is None or int(match[2]) != count:
+                given._fail(
+                    f"is one of {count} parts, whose names end in -00001-of-{count:05d}.gguf; give "
+                    "it its name back"
+                )
+            names = (f"{match[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count))
+            self._parts = [GgufFile(given.path.with_name(name)) for name in names]
+        self.metadata = self._parts[0].metadata
+        self.tensors: dict[str, GgufTensor] = {}
+        self._part_of: dict[str, GgufFile] = {}
+        for part in self._parts:
+            for name, tensor in part.tensors.items():
+                if name in self.tensors:
+                    part._fail(f"has tensor {name!r}, which another part has too")
+                self.tensors[name] = tensor
+                self._part_of[name] = part
+        stated = self.metadata.get("split.tensors.count", len(self.tensors))
+        if stated != len(self.tensors):
+            given._fail(f"and its other parts hold {len(self.tensors)} tensors of {stated}")
+        self._current = self._parts[0]
+
+    def raw(self, name: str) -> Tensor:
+        """Return a tensor's bytes, see `GgufFile.raw`; at most one part stays mapped."""
+        part = self._part_of[name]
+        if part is not self._current:
+            self._current.mapping.unmap()
+            self._current = part
+        return part.raw(name)
 
 
 class _Cursor:

@@ -135,10 +135,6 @@ def to_config(
     """
     everything = Settings(dict(metadata), str(path))
     architecture = everything.one_of("general.architecture", tuple(ARCHITECTURES), "")
-    if everything.get("split.count", int, 1) > 1:
-        everything.fail(
-            f"is one of {metadata['split.count']} parts; join them with llama-gguf-split --merge"
-        )
     prefix = f"{architecture}."
     own = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     fields = _Fields(own, f"{path}: {architecture}")

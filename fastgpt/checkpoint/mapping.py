@@ -39,11 +39,12 @@ class MappedFile:
         Raises:
             CheckpointError: if the file became shorter or cannot be mapped.
         """
-        if self._map is None or self._served_bytes > MAP_BYTES:
-            self._map = self._open()
+        mapped = self._map  # another thread may unmap meanwhile
+        if mapped is None or self._served_bytes > MAP_BYTES:
+            mapped = self._map = self._open()
             self._served_bytes = 0
         self._served_bytes += end - start
-        return torch.frombuffer(self._map, dtype=torch.uint8, count=end - start, offset=start)
+        return torch.frombuffer(mapped, dtype=torch.uint8, count=end - start, offset=start)
 
     def unmap(self) -> None:
         """Let go of the mapping; tensors read before keep it, the next `read` maps again."""

@@ -39,7 +39,6 @@ BAD_METADATA: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], 
     "window": (
         set_key("llama.attention.sliding_window", 9), UnsupportedFormat, "sliding_window 9"
     ),
-    "parts": (set_key("split.count", 3), CheckpointError, "one of 3 parts; join them"),
     "alignment": (set_key("general.alignment", 3), CheckpointError, "alignment 3; expected a pow"),
 }  # fmt: skip
 
@@ -52,6 +51,33 @@ def test_bad_metadata_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(error, match=message) as caught:
         open_checkpoint(files.with_embedding(tmp_path, metadata))
     assert "m.gguf" in str(caught.value)
+
+
+def test_parts_are_named_and_complete(tmp_path: Path) -> None:
+    raw = files.encode(np.ones((4, 64)), "F32")
+    norm = files.encode(np.ones(64), "F32")
+    first = {"token_embd.weight": ("F32", (4, 64), raw)}
+    second = {"output_norm.weight": ("F32", (64,), norm)}
+    split = {"split.count": 2, "split.tensors.count": 2}
+    one, two = (tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2))
+    files.write(one, {**files.LLAMA, **split, "split.no": 0}, first)
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00002\.gguf cannot be read"):
+        open_checkpoint(one)
+    files.write(two, {"split.count": 2, "split.no": 1}, second)
+    for given in (one, two):  # either one opens both
+        checkpoint = open_checkpoint(given)
+        assert checkpoint.names() == ["model.embed_tokens.weight", "model.norm.weight"]
+        assert checkpoint.read("model.norm.weight").shape == (64,)
+        assert checkpoint.read("model.embed_tokens.weight").shape == (4, 64)
+    files.write(two, {"split.count": 2, "split.no": 1}, first)
+    with pytest.raises(CheckpointError, match=r"'token_embd\.weight', which another part has too"):
+        open_checkpoint(one)
+    files.write(two, {"split.count": 2, "split.no": 1}, {})
+    with pytest.raises(CheckpointError, match="hold 1 tensors of 2"):
+        open_checkpoint(one)
+    renamed = one.rename(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match="one of 2 parts, whose names end in"):
+        open_checkpoint(renamed)
 
 
 def test_file_cut_anywhere_is_one_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Hugging Face directories: what is read, and one clear error for each thing that can be wrong."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,19 @@ def test_open_sharded_keeps_one_shard_mapped(tmp_path: Path) -> None:
     for name in ("a", "b", "a"):
         assert checkpoint.read(f"{name}.weight").tolist() == [float(ord(name))] * 2
         assert [file.mapping.is_mapped for file in checkpoint._files.values()].count(True) == 1
+
+
+def test_two_threads_read_two_shards(tmp_path: Path) -> None:
+    """Each read may unmap the shard that the other thread is about to read."""
+    checkpoint = HuggingFaceCheckpoint(write_sharded(tmp_path))
+
+    def read(name: str) -> bool:
+        return all(
+            checkpoint.read(f"{name}.weight").tolist() == [float(ord(name))] * 2 for _ in range(500)
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(read, "ab"))
 
 
 def test_fused_experts_are_listed_one_by_one(tmp_path: Path) -> None:
