@@ -26,6 +26,7 @@ __all__ = [
 Stored = Tensor | QuantizedTensor
 
 _FORMAT_OF_BITS = {4: "int4", 3: "int3", 2: "int2"}
+INT8 = Format.parse("int8")
 _GROUP_SIZES = {4: (128, 64, 32), 3: (64, 32), 2: (64, 32)}  # of those formats, largest first
 
 
@@ -83,6 +84,8 @@ def held_as(bits: int, group_size: int | None, *, symmetric: bool) -> Format | N
     >>> str(held_as(4, 256, symmetric=True))
     'int4 g128'
     """
+    if bits == 8 and group_size is None and symmetric:
+        return INT8
     for size in _GROUP_SIZES.get(bits, ()):
         if group_size is None or group_size % size == 0:
             return Format.parse(
@@ -120,6 +123,10 @@ def from_codes(
     if group_of is not None and torch.equal(group_of, in_order):
         group_of = None
     fmt = held_as(bits, group_size, symmetric=zero is None)
+    if fmt == INT8:
+        packed = (codes ^ middle).view(torch.int8)  # code - 128 in two's complement
+        per_row = scale.to(torch.float32).expand(rows, 1).flatten().contiguous()
+        return QuantizedTensor(INT8, (rows, cols), {"packed": packed, "scale": per_row})
     if fmt is not None and group_of is None and _fits_float16(scale):
         assert fmt.group_size is not None
         groups = -(-cols // fmt.group_size)

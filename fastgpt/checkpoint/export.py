@@ -1,9 +1,9 @@
 """Write a quantized model as compressed-tensors does, for transformers and vLLM.
 
-What a file of ours holds becomes, code by code: int4, int3, int2 "pack-quantized" with groups; fp8
-"naive-quantized" per channel or block, weights alone; a binary norm, whose loss is folded into its
-readers, a plain vector of its two values; anything plain stays as it is. Scales are written in the
-model's type where it holds all of them exactly, as llm-compressor does, else in ours.
+What a file of ours holds becomes, code by code: int4, int3, int2 "pack-quantized" with groups, int8
+per channel; fp8 "naive-quantized" per channel or block, weights alone; a binary norm, whose loss is
+folded into its readers, a plain vector of its two values; anything plain stays as it is. Scales are
+written in the model's type where it holds all of them exactly, as llm-compressor does; else ours.
 """
 
 from __future__ import annotations
@@ -59,10 +59,6 @@ def check_expressible(name: str, fmt: Format | None, shape: tuple[int, ...]) -> 
         raise UnsupportedFormat(
             f"{name} is {fmt} of shape {list(shape)}; compressed-tensors stores quantized weights "
             "of linear layers only: keep it in fp16"
-        )
-    if fmt.name != "fp8" and not fmt.has_groups:
-        raise UnsupportedFormat(
-            f"{name} is {fmt}, which is not written as compressed-tensors; choose fp8 or int4"
         )
     if fmt.group_size and shape[1] % fmt.group_size:
         raise UnsupportedFormat(
@@ -151,6 +147,8 @@ class _Layout:
         self._modules[module] = stored.format
         if stored.format.name == "fp8":
             return self._fp8(module, stored)
+        if stored.format.name == "int8":
+            return self._int8(module, stored)
         return self._integers(module, stored)
 
     def _fp8(self, module: str, stored: QuantizedTensor) -> list[tuple[str, Tensor]]:
@@ -159,6 +157,16 @@ class _Layout:
             scale = scale.unsqueeze(-1)
         codes = stored.parts["packed"].view(torch.float8_e4m3fn)
         return [(f"{module}.weight", codes), (f"{module}.weight_scale", self._narrow(scale))]
+
+    def _int8(self, module: str, stored: QuantizedTensor) -> list[tuple[str, Tensor]]:
+        rows, cols = stored.shape
+        codes = stored.parts["packed"].view(torch.uint8) ^ 128  # code + 128, a byte each
+        words = pack_stream(codes, 8, -(-cols // 4) * 4)
+        return [
+            (f"{module}.weight_packed", words.contiguous().view(torch.int32)),
+            (f"{module}.weight_scale", self._narrow(stored.parts["scale"].unsqueeze(-1))),
+            (f"{module}.weight_shape", torch.tensor([rows, cols])),
+        ]
 
     def _integers(self, module: str, stored: QuantizedTensor) -> list[tuple[str, Tensor]]:
         fmt, (rows, cols) = stored.format, stored.shape
@@ -252,7 +260,9 @@ def _layout_name(fmt: Format) -> str:
 def _arguments(fmt: Format) -> dict[str, Any]:
     """Return a scheme's `weights`."""
     common = {"dynamic": False, "group_size": None, "symmetric": fmt.symmetric}
-    if fmt.name != "fp8":
+    if fmt.name == "int8":
+        return {**common, "num_bits": 8, "type": "int", "strategy": "channel"}
+    if fmt.has_groups:
         size = fmt.group_size
         return {**common, "num_bits": fmt.bits, "type": "int", "strategy": "group",
                 "group_size": size}  # fmt: skip

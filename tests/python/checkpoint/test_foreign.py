@@ -107,7 +107,9 @@ add("packed float32 scales", packed_case, make(scale_dtype=np.float32), None,
     scale_dtype=torch.float32)  # fmt: skip
 add("packed bfloat16 scales", packed_case, make(scale_dtype=bf16), "int4 g32 asymmetric",
     scale_dtype=torch.bfloat16)  # fmt: skip
-add("int8 channel", int8_case, make(8, None, symmetric=True, scale_dtype=bf16), None)
+add("int8 channel", int8_case, make(8, None, symmetric=True, scale_dtype=bf16), "int8")
+add("gptq 8 bits channel", gptq_case, make(8, None, symmetric=True), "int8")
+add("packed 8 bits channel", packed_case, make(8, None, symmetric=True), "int8")
 add("int8 asymmetric", int8_case, make(8, None, scale_dtype=bf16), None, layout="naive-quantized")
 add("int4 in bytes", int8_case, make(scale_dtype=bf16), "int4 g32 asymmetric")
 add("fp8 tensor", fp8_case, make_fp8("tensor"), "fp8")

@@ -34,6 +34,7 @@ POLICY = {
         r".*layers\.1\..*(gate|up)_proj\.weight": {"format": "int3", "group_size": 64},
         r".*layers\.2\..*o_proj\.weight": {"format": "fp8", "scale": "block"},
         r".*layers\.3\..*down_proj\.weight": {"format": "int4", "group_size": 32},
+        r".*layers\.3\..*o_proj\.weight": "int8",
     },
 }
 IDS = torch.arange(40).view(2, 20) * 7 % 384
@@ -187,6 +188,7 @@ def test_configuration_names_every_module_once(directory: Path) -> None:
         ("naive-quantized", "block", 8),
         ("pack-quantized", "group", 4),
         ("pack-quantized", "group", 3),
+        ("pack-quantized", "channel", 8),
     }
 
 
