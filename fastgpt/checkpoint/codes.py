@@ -25,8 +25,9 @@ __all__ = [
 
 Stored = Tensor | QuantizedTensor
 
-_FORMAT_OF_BITS = {4: "int4", 3: "int3", 2: "int2"}
 INT8 = Format.parse("int8")
+_CHUNK_VALUES = 1 << 18  # dequantized at once: their float32 steps stay in the core's cache
+_FORMAT_OF_BITS = {4: "int4", 3: "int3", 2: "int2"}
 _GROUP_SIZES = {4: (128, 64, 32), 3: (64, 32), 2: (64, 32)}  # of those formats, largest first
 
 
@@ -117,37 +118,59 @@ def from_codes(
             that float16 does not hold exactly, columns out of order.
         group_of: int64 [cols], the group of every column; None: in order.
     """
-    rows, cols = codes.shape
-    middle = 2 ** (bits - 1)
+    cols = codes.shape[1]
     in_order = torch.arange(cols) // (group_size or max(cols, 1))
     if group_of is not None and torch.equal(group_of, in_order):
         group_of = None
     fmt = held_as(bits, group_size, symmetric=zero is None)
-    if fmt == INT8:
-        packed = (codes ^ middle).view(torch.int8)  # code - 128 in two's complement
-        per_row = scale.to(torch.float32).expand(rows, 1).flatten().contiguous()
-        return QuantizedTensor(INT8, (rows, cols), {"packed": packed, "scale": per_row})
-    if fmt is not None and group_of is None and _fits_float16(scale):
-        assert fmt.group_size is not None
-        groups = -(-cols // fmt.group_size)
-
-        def regroup(per_group: Tensor) -> Tensor:
-            repeats = groups if group_size is None else group_size // (fmt.group_size or 1)
-            return per_group.repeat_interleave(repeats, 1)[:, :groups].contiguous()
-
-        row_bytes = fmt.parts((rows, cols))["packed"].shape[-1]
-        parts = {"scale": regroup(scale).to(torch.float16)}
-        pad: Tensor | int = middle
-        if zero is not None:
-            parts["zero_point"] = regroup(zero)
-            pad = parts["zero_point"][:, -1:]
-        parts["packed"] = pack_stream(codes, bits, row_bytes, pad).contiguous()
-        return QuantizedTensor(fmt, (rows, cols), parts)
+    if fmt == INT8 and bool((scale >= 0).all()):
+        packed = (codes ^ 128).view(torch.int8)  # code - 128 in two's complement
+        parts = {"packed": packed, "scale": scale.to(torch.float32).flatten().contiguous()}
+        return QuantizedTensor(INT8, (codes.shape[0], cols), parts)
+    if fmt is not None and fmt != INT8 and group_of is None and _fits_float16(scale):
+        return _in_groups(codes, scale, zero, group_size, fmt)
     group_of = in_order if group_of is None else group_of
-    values = codes.to(torch.float32)
-    values -= middle if zero is None else zero.to(torch.float32)[:, group_of]
-    values *= scale.to(torch.float32)[:, group_of]
-    return round_to(values, dtype)
+    if zero is None:
+        zero = torch.tensor([[2 ** (bits - 1)]], dtype=torch.uint8).expand(scale.shape)
+    dense = _dequantized(codes, scale, zero, group_of, dtype)
+    if dtype == torch.float16 and not bool(torch.isfinite(dense).all()):
+        dense = _dequantized(codes, scale, zero, group_of, torch.bfloat16)
+    return dense
+
+
+def _in_groups(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None, fmt: Format
+) -> QuantizedTensor:
+    """Return codes in an integer format whose groups divide the source's."""
+    rows, cols = codes.shape
+    assert fmt.group_size is not None
+    groups = -(-cols // fmt.group_size)
+    repeats = groups if group_size is None else group_size // fmt.group_size
+    scale = scale.repeat_interleave(repeats, 1)[:, :groups].contiguous()
+    parts = {"scale": scale.to(torch.float16)}
+    pad: Tensor | int = 2 ** (fmt.bits - 1)
+    if zero is not None:
+        parts["zero_point"] = zero.repeat_interleave(repeats, 1)[:, :groups].contiguous()
+        pad = parts["zero_point"][:, -1:]
+    row_bytes = fmt.parts((rows, cols))["packed"].shape[-1]
+    parts["packed"] = pack_stream(codes, fmt.bits, row_bytes, pad).contiguous()
+    return QuantizedTensor(fmt, (rows, cols), parts)
+
+
+def _dequantized(
+    codes: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return (code - zero) * scale in `dtype`; a few rows at a time are in float32."""
+    rows, cols = codes.shape
+    out = torch.empty((rows, cols), dtype=dtype)
+    step = max(1, _CHUNK_VALUES // max(cols, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        values = codes[part].to(torch.float32)
+        values -= zero[part].to(torch.float32)[:, group_of]
+        values *= scale[part].to(torch.float32)[:, group_of]
+        out[part] = values
+    return out
 
 
 def from_fp8(
