@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from transformers.convert_slow_tokenizer import Qwen2Converter
 
 import fastgpt
 from fastgpt.checkpoint import open_checkpoint
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from test_gguf import metadata_of, tensors_of
+from tiny_models import case, reference_logits, reference_model
 
 TEXTS = [
     "Hello, world! It's 12345 o'clock.",
@@ -96,3 +101,17 @@ def test_unread_tokenizer_is_named_with_the_fix(
         )
     assert checkpoint.tokenizer_json is None
     assert "kind 'llama', rule 'x', which is not read; give one with --tokenizer" in caplog.text
+
+
+def test_engine_serves_a_file_with_its_tokenizer(tmp_path: Path) -> None:
+    reference = reference_model(case("Llama", vocab_size=420, num_key_value_heads=3).hf_config)
+    metadata = metadata_of(reference.config, "llama")
+    metadata |= {k: v for k, v in tokenizer_metadata("llama-bpe").items() if "token" in k}
+    path = files.write(tmp_path / "m.gguf", metadata, tensors_of(reference, "llama"))
+    engine = fastgpt.Engine(path, device="cpu", dtype="float32", memory_pool_size="64MB")
+    greedy = fastgpt.SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    (answer,) = engine.generate(["Hello"], greedy)
+    ids = fastgpt.tokenizer.Tokenizer.from_checkpoint(open_checkpoint(path)).encode_prompt("Hello")
+    for _ in range(4):
+        ids.append(int(reference_logits(reference, ids)[-1].argmax()))
+    assert list(answer.token_ids) == ids[-4:]

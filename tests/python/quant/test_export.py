@@ -192,6 +192,21 @@ def test_configuration_names_every_module_once(directory: Path) -> None:
     }
 
 
+def test_experts_and_latent_attention_are_exported_one_by_one(tmp_path: Path) -> None:
+    source = ASSET.with_name("tiny-r1")
+    policy = {"attention_weights": "fp8", "residual_connections": INT4, "norm_params": "binary"}
+    model = Quantizer(source, policy, calibration=None).convert(progress=False)
+    model.save(tmp_path / "out", format="compressed-tensors")
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())
+    ignore = quantization["quantization_config"]["ignore"]
+    assert ignore == [*(f"model.layers.{i}.mlp.gate" for i in (1, 2, 3)), "lm_head"]
+    targets = quantization["quantization_config"]["config_groups"]["group_1"]["targets"]
+    assert "re:model[.]layers[.][0-9]+[.]mlp[.]experts[.][0-9]+[.]up_proj$" in targets
+    expected = model(IDS)
+    got = fastgpt.load(tmp_path / "out", device="cpu")(IDS)
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
 def test_text_files_travel(directory: Path) -> None:
     source, written = open_checkpoint(ASSET), open_checkpoint(directory)
     assert written.tokenizer_json == source.tokenizer_json
