@@ -175,6 +175,11 @@ def _dequantize(format: str) -> None:
         ops.dequantize_binary(*ops.quantize_binary(_rand(HIDDEN)), numel=HIDDEN)
 
 
+def _gptq_round() -> None:
+    left, scale = _rand(37, ROWS, dtype=torch.float32), torch.full((37, ROWS), 0.1, device=_device)
+    ops.gptq_round(left, scale, torch.full_like(scale, 8), torch.eye(37, device=_device), 15)
+
+
 CASES: dict[str, Callable[[], object]] = {
     "add_rms_norm": _add_rms_norm,
     "arrange_weight": lambda: _weight("int4"),
@@ -185,6 +190,7 @@ CASES: dict[str, Callable[[], object]] = {
     "dequantize_int4": lambda: _dequantize("int4"),
     "dequantize_int8": lambda: _dequantize("int8"),
     "embedding": lambda: ops.embedding(_ints([0, 18, 3]), _rand(19, HIDDEN)),
+    "gptq_round": _gptq_round,
     "grouped_linear": lambda: _grouped_linear("bf16"),
     "grouped_linear_fp8": lambda: _grouped_linear("fp8"),
     "grouped_linear_int4": lambda: _grouped_linear("int4"),

@@ -79,9 +79,22 @@ void dequantize_binary(const Tensor& packed, const Tensor& scale, const Tensor& 
   run_binary<quant::dequantize_binary>(out, packed, scale, offset);
 }
 
+void gptq_round(const Tensor& left, const Tensor& scale, const Tensor& zero, const Tensor& spread,
+                int64_t top, const Tensor& codes, const Tensor& errors) {
+  guarded([&] {
+    check_same_device(left, {&scale, &zero, &spread, &codes, &errors});
+    quant::gptq_round(
+        {view(left), view(scale), view(zero), view(spread), view(codes), view(errors), int(top)},
+        stream_of(left));
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastgpt, m) {
+  m.def(
+      "gptq_round(Tensor left, Tensor scale, Tensor zero, Tensor spread, int top, "
+      "Tensor(a!) codes, Tensor(b!) errors) -> ()");
   m.def("quantize_fp8(Tensor x, Tensor(a!) packed, Tensor(b!) scale) -> ()");
   m.def("dequantize_fp8(Tensor packed, Tensor scale, Tensor(a!) out) -> ()");
   m.def("quantize_int8(Tensor x, Tensor(a!) packed, Tensor(b!) scale) -> ()");
@@ -105,6 +118,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("dequantize_int4", TORCH_BOX(&dequantize_int4));
   m.impl("quantize_binary", TORCH_BOX(&quantize_binary));
   m.impl("dequantize_binary", TORCH_BOX(&dequantize_binary));
+  m.impl("gptq_round", TORCH_BOX(&gptq_round));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
@@ -116,6 +130,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
   m.impl("dequantize_int4", TORCH_BOX(&dequantize_int4));
   m.impl("quantize_binary", TORCH_BOX(&quantize_binary));
   m.impl("dequantize_binary", TORCH_BOX(&dequantize_binary));
+  m.impl("gptq_round", TORCH_BOX(&gptq_round));
 }
 
 }  // namespace fastgpt::bindings

@@ -4,6 +4,7 @@
 
 namespace fastgpt::quant {
 
+inline constexpr int kMaxGptqCols = 128;
 inline constexpr int kBlock = 128;  // rows and columns of an fp8 block; values of a binary group
 inline constexpr float kInt8Largest = 127.0F;  // of the codes that quantizing gives
 
@@ -15,6 +16,7 @@ void quantize_int4_cpu(const Int4Params& params);
 void dequantize_int4_cpu(const Int4Params& params);
 void quantize_binary_cpu(const BinaryParams& params);
 void dequantize_binary_cpu(const BinaryParams& params);
+void gptq_round_cpu(const GptqParams& params);
 
 void quantize_fp8_cuda(const Fp8Params& params, const Stream& stream);
 void dequantize_fp8_cuda(const Fp8Params& params, const Stream& stream);
@@ -24,5 +26,6 @@ void quantize_int4_cuda(const Int4Params& params, const Stream& stream);
 void dequantize_int4_cuda(const Int4Params& params, const Stream& stream);
 void quantize_binary_cuda(const BinaryParams& params, const Stream& stream);
 void dequantize_binary_cuda(const BinaryParams& params, const Stream& stream);
+void gptq_round_cuda(const GptqParams& params, const Stream& stream);
 
 }  // namespace fastgpt::quant

@@ -67,7 +67,36 @@ void check(const BinaryParams& p) {
   check_part(p.offset, "offset", DType::kF32, {ceil_div(numel, kBlock)});
 }
 
+void check_block(const TensorView& part, const char* name, DType dtype, std::int64_t cols,
+                 std::int64_t rows) {
+  FASTGPT_CHECK_TENSOR(part, name, 2);
+  FASTGPT_CHECK(part.dtype == dtype, name, " is ", dtype_name(part.dtype), "; expected ",
+                dtype_name(dtype));
+  FASTGPT_CHECK(part.size(0) == cols && part.size(1) == rows, name, " is [", part.size(0), ", ",
+                part.size(1), "]; expected [", cols, ", ", rows, "]");
+}
+
+void check(const GptqParams& p) {
+  FASTGPT_CHECK_TENSOR(p.left, "left", 2);
+  const std::int64_t cols = p.left.size(0), rows = p.left.size(1);
+  FASTGPT_CHECK(cols <= kMaxGptqCols, "left has ", cols, " columns; expected ", kMaxGptqCols,
+                " or fewer, split it");
+  FASTGPT_CHECK(p.top >= 1 && p.top <= 255, "top is ", p.top, "; expected 1 .. 255");
+  check_block(p.left, "left", DType::kF32, cols, rows);
+  check_block(p.scale, "scale", DType::kF32, cols, rows);
+  check_block(p.zero, "zero", DType::kF32, cols, rows);
+  check_block(p.spread, "spread", DType::kF32, cols, cols);
+  check_block(p.codes, "codes", DType::kU8, cols, rows);
+  check_block(p.errors, "errors", DType::kF32, cols, rows);
+}
+
 }  // namespace
+
+void gptq_round(const GptqParams& p, const Stream& stream) {
+  check(p);
+  if (p.left.numel() == 0) return;
+  FASTGPT_DISPATCH(stream, gptq_round, p);
+}
 
 void quantize_fp8(const Fp8Params& p, const Stream& stream) {
   check(p);

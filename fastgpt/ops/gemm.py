@@ -59,6 +59,14 @@ class ArrangedWeight:
         return sum(part.nbytes for part in parts if part is not None)
 
 
+@torch.compiler.assume_constant_result
+def _arranged_shape(
+    device_type: str, kind: str, out_features: int, in_features: int, group_size: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the shapes of the arranged parts; under torch.compile it is computed while tracing."""
+    return _C.arranged_shape(device_type, kind, out_features, in_features, group_size)
+
+
 def arrange(
     weight: Tensor,
     scale: Tensor | None = None,
@@ -109,7 +117,7 @@ def arrange(
         in_features = weight.shape[-1]
     stack = tuple(weight.shape[:-2])
     out_features = weight.shape[-2]
-    shapes = _C.arranged_shape(weight.device.type, kind, out_features, in_features, group_size)
+    shapes = _arranged_shape(weight.device.type, kind, out_features, in_features, group_size)
 
     def empty(shape: tuple[int, ...], dtype: torch.dtype, suffix: str) -> Tensor:
         if allocate is not None:

@@ -14,6 +14,7 @@ __all__ = [
     "dequantize_fp8",
     "dequantize_int4",
     "dequantize_int8",
+    "gptq_round",
     "quantize_binary",
     "quantize_fp8",
     "quantize_int4",
@@ -233,6 +234,43 @@ def dequantize_binary(
     return out
 
 
+def gptq_round(
+    left: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    spread: Tensor,
+    top: int,
+    *,
+    codes: Tensor | None = None,
+    errors: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (codes, errors) of a block of a weight's columns, rounded one after another.
+
+    What rounding a column loses is taken from the block's columns behind it; `errors` is what the
+    columns behind the block must take over: left[behind] -= spread[block, behind].T @ errors.
+
+    Args:
+        left: the block, a column of the weight in each row, float32 [cols, rows], cols <= 128.
+        scale: float32 [cols, rows], > 0.
+        zero: integers in float32 [cols, rows]; codes are round(left / scale) + zero in 0 .. top.
+        spread: float32 [cols, cols], upper; inverse(Gram matrix) = spread.T @ spread.
+        top: the largest code.
+        codes: uint8 [cols, rows]; allocated if None.
+        errors: float32 [cols, rows]; allocated if None.
+
+    Raises:
+        InvalidArgument: if shapes, dtypes or strides do not fit.
+
+    Source: GPTQ, arXiv:2210.17323, algorithm 1.
+    """
+    if codes is None:
+        codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    if errors is None:
+        errors = torch.empty(left.shape, dtype=torch.float32, device=left.device)
+    call(_ops.gptq_round.default, left, scale, zero, spread, top, codes, errors)
+    return codes, errors
+
+
 @torch.library.register_fake("fastgpt::quantize_fp8")
 def _(x: Tensor, packed: Tensor, scale: Tensor) -> None:
     return None
@@ -272,4 +310,17 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, offset: Tensor) -> None:
 
 @torch.library.register_fake("fastgpt::dequantize_binary")
 def _(packed: Tensor, scale: Tensor, offset: Tensor, out: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("fastgpt::gptq_round")
+def _(
+    left: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    spread: Tensor,
+    top: int,
+    codes: Tensor,
+    errors: Tensor,
+) -> None:
     return None

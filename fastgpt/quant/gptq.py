@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgpt import ops
 from fastgpt.quant.grid import Grid
 
 __all__ = ["gptq_codes"]
@@ -35,39 +36,42 @@ def gptq_codes(
     if by_use:
         order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     spread = _upper_factor(gram[order][:, order], damping)
-    scale, zero = (part[:, order] for part in grid.columns(cols))
-    left = weight[:, order].float().clone()
-    codes = torch.empty_like(left, dtype=torch.uint8)
-    top = float(2**grid.bits - 1)
+    # Columns are stored as rows, [cols, rows]: every step touches whole ones.
+    left = weight.T[order].float()
+    scale, zero = (part.T[order] for part in grid.columns(cols))
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     for first in range(0, cols, _BLOCK):
         last = min(first + _BLOCK, cols)
-        block, errors = left[:, first:last], torch.empty_like(left[:, first:last])
-        local = spread[first:last, first:last]
-        for i in range(last - first):
-            j = first + i
-            column = block[:, i]
-            code = (torch.round(column / scale[:, j]) + zero[:, j]).clamp_(0, top)
-            codes[:, j] = code.to(torch.uint8)
-            error = (column - (code - zero[:, j]) * scale[:, j]) / local[i, i]
-            block[:, i + 1 :].addr_(error, local[i, i + 1 :], alpha=-1)
-            errors[:, i] = error
-        left[:, last:].addmm_(errors, spread[first:last, last:], alpha=-1)
-    out = torch.empty_like(codes)
-    out[:, order] = codes
+        block = slice(first, last)
+        _, errors = ops.gptq_round(
+            left[block],
+            scale[block],
+            zero[block],
+            spread[block, block],
+            2**grid.bits - 1,
+            codes=codes[block],
+        )
+        left[last:].addmm_(spread[block, last:].T, errors, alpha=-1)
+    out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    out[:, order] = codes.T
     return out
 
 
 def _upper_factor(gram: Tensor, damping: float) -> Tensor:
     """Return upper U with inverse(gram + damping) = Uᵀ U; damps more until it exists."""
-    gram = gram.double()
-    mean = gram.diagonal().mean().clamp(min=1e-30)
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    gram = gram.to(torch.float64, copy=True)
+    diagonal = gram.diagonal()
+    mean = diagonal.mean().clamp(min=1e-30)
+    added = 0.0
     while True:
-        lower, info = torch.linalg.cholesky_ex(gram + damping * mean * eye)
+        diagonal += (damping - added) * mean
+        added = damping
+        lower, info = torch.linalg.cholesky_ex(gram)
         if int(info) == 0:
             inverse = torch.cholesky_inverse(lower)
+            del lower  # the largest things in memory; two of them at a time
             upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
             if int(info) == 0:
-                factor: Tensor = upper.float()
+                factor: Tensor = upper.float().contiguous()
                 return factor
         damping = max(10 * damping, 1e-6)

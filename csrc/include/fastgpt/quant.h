@@ -52,4 +52,18 @@ struct BinaryParams {
 void quantize_binary(const BinaryParams& params, const Stream& stream);
 void dequantize_binary(const BinaryParams& params, const Stream& stream);
 
+/// Codes of a block of columns of a weight, one column after another; what rounding a column loses
+/// is taken from the columns behind it. Columns are stored as rows. Strided by rows. Source: GPTQ,
+/// arXiv:2210.17323, algorithm 1.
+struct GptqParams {
+  TensorView left;    // float32 [cols, rows], cols <= 128: what is left to round
+  TensorView scale;   // float32 [cols, rows], > 0
+  TensorView zero;    // float32 [cols, rows], integers
+  TensorView spread;  // float32 [cols, cols], upper: inverse(Gram matrix) = spreadᵀ spread
+  TensorView codes;   // uint8 [cols, rows]
+  TensorView errors;  // float32 [cols, rows]: what columns behind the block must take over
+  int top;            // largest code, 1 .. 255
+};
+void gptq_round(const GptqParams& params, const Stream& stream);
+
 }  // namespace fastgpt::quant

@@ -165,3 +165,77 @@ def test_quant_ops_pass_opcheck(device: torch.device, symmetric: bool) -> None:
     parts = ops.quantize_binary(gain)
     torch.library.opcheck(fns.quantize_binary.default, (gain, *parts))
     torch.library.opcheck(fns.dequantize_binary.default, (*parts, torch.empty_like(gain)))
+
+
+def gptq_inputs(cols: int, rows: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Return left, scale, zero and an upper factor with a dominant diagonal, as strided slices."""
+    generator = torch.Generator().manual_seed(cols * 1000 + rows)
+    left = torch.randn(cols + 2, rows, generator=generator)[1:-1]
+    scale = torch.rand(cols + 2, rows, generator=generator).add(0.05)[1:-1]
+    zero = torch.randint(16, (cols, rows), generator=generator).float()
+    spread = torch.randn(cols + 3, cols + 5, generator=generator).triu()[:cols, :cols] * 0.3
+    spread += 2 * torch.eye(cols)
+    return tuple(part.to(device) for part in (left, scale, zero, spread))
+
+
+def gptq_in_float64(left, scale, zero, spread, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    left, scale, zero, spread = (part.cpu().double() for part in (left, scale, zero, spread))
+    left = left.clone()
+    codes, errors = torch.empty_like(left), torch.empty_like(left)
+    for i in range(len(left)):
+        codes[i] = (torch.round(left[i] / scale[i]) + zero[i]).clamp(0, top)
+        errors[i] = (left[i] - (codes[i] - zero[i]) * scale[i]) / spread[i, i]
+        left[i + 1 :] -= spread[i, i + 1 :, None] * errors[i]
+    return codes, errors
+
+
+@pytest.mark.parametrize(
+    ("cols", "rows"), [(1, 1), (1, 70), (7, 3), (37, 65), (128, 33), (128, 500)]
+)
+@pytest.mark.parametrize("top", [1, 15, 255])
+def test_gptq_round_matches_float64(device, cols: int, rows: int, top: int) -> None:
+    """Codes agree but where a value lies within float32's rounding of the middle of two codes."""
+    inputs = gptq_inputs(cols, rows, device)
+    before = inputs[0].clone()
+    codes = torch.full((cols, rows), 0xEE, dtype=torch.uint8, device=device)
+    errors = torch.full((cols, rows), float("nan"), device=device)
+    ops.gptq_round(*inputs, top, codes=codes, errors=errors)
+    assert torch.equal(inputs[0], before)
+    wanted_codes, wanted_errors = gptq_in_float64(*inputs, top)
+    same_rows = (codes.cpu() == wanted_codes).all(0)  # one other code changes all that follow
+    assert float((~same_rows).float().mean()) <= 0.02
+    assert same_rows.any()
+    torch.testing.assert_close(
+        errors.cpu().double()[:, same_rows], wanted_errors[:, same_rows], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_gptq_round_gives_a_row_the_same_bits_beside_any_others() -> None:
+    left, scale, zero, spread = gptq_inputs(65, 131, torch.device("cpu"))
+    whole = ops.gptq_round(left, scale, zero, spread, 15)
+    part = slice(60, 77)
+    alone = ops.gptq_round(*(x[:, part].contiguous() for x in (left, scale, zero)), spread, 15)
+    assert all(torch.equal(a[:, part], b) for a, b in zip(whole, alone, strict=True))
+
+
+def test_gptq_round_refuses_what_does_not_fit(device: torch.device) -> None:
+    left, scale, zero, spread = gptq_inputs(8, 5, device)
+    with pytest.raises(InvalidArgument, match="left has 129 columns"):
+        ops.gptq_round(*gptq_inputs(129, 5, device), 15)
+    with pytest.raises(InvalidArgument, match="top is 256"):
+        ops.gptq_round(left, scale, zero, spread, 256)
+    with pytest.raises(InvalidArgument, match=r"scale is \[7, 5\]; expected \[8, 5\]"):
+        ops.gptq_round(left, scale[1:], zero, spread, 15)
+    with pytest.raises(InvalidArgument, match="zero is int32"):
+        ops.gptq_round(left, scale, zero.int(), spread, 15)
+    with pytest.raises(InvalidArgument, match="spread has stride"):
+        ops.gptq_round(left, scale, zero, spread.T, 15)
+    codes, errors = ops.gptq_round(left[:0], scale[:0], zero[:0], spread[:0, :0], 15)
+    assert codes.shape == errors.shape == (0, 5)
+
+
+def test_gptq_round_passes_opcheck(device: torch.device) -> None:
+    inputs = gptq_inputs(9, 20, device)
+    torch.library.opcheck(
+        torch.ops.fastgpt.gptq_round.default, (*inputs, 15, *ops.gptq_round(*inputs, 15))
+    )
