@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 
 from fastgpt.checkpoint.base import Checkpoint
-from fastgpt.checkpoint.container import Container, Metadata, write_container
+from fastgpt.checkpoint.container import Container, Metadata
 from fastgpt.checkpoint.export import write_compressed_tensors
 from fastgpt.checkpoint.gguf import GgufCheckpoint
 from fastgpt.checkpoint.gguf_file import MAGIC
 from fastgpt.checkpoint.huggingface import HuggingFaceCheckpoint
 from fastgpt.checkpoint.state_dict import StateDict
+from fastgpt.checkpoint.writer import write_container
 from fastgpt.errors import CheckpointError
 
 __all__ = [

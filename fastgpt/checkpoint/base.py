@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -30,6 +31,8 @@ class Checkpoint(ABC):
         chat_template: Jinja source, or None.
         generation_config: fields of generation_config.json, {} if there is none.
         imported: the weights another toolkit quantized, by kind; empty where there are none.
+        fp16_overflows: module or weight name -> largest activation seen there, where it comes too
+            near to float16's largest value; {} if there is none or nobody looked.
     """
 
     path: Path
@@ -39,6 +42,7 @@ class Checkpoint(ABC):
     chat_template: str | None = None
     generation_config: dict[str, Any]
     imported: Sequence[Imported] = ()
+    fp16_overflows: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def names(self) -> list[str]:

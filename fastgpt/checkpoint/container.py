@@ -11,24 +11,19 @@ header by its own checksum, tensors by theirs, padding by being zero.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import math
 import os
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 import torch
 import xxhash
 
 from fastgpt.checkpoint.base import Checkpoint
-from fastgpt.checkpoint.safetensors import DTYPES, SafetensorsFile, TensorEntry
+from fastgpt.checkpoint.safetensors import SafetensorsFile, TensorEntry
 from fastgpt.errors import CheckpointError, ConfigError
-from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor, part_name
+from fastgpt.scheme import Format, QuantizedTensor, part_name
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,18 +31,15 @@ __all__ = [
     "Metadata",
     "TensorRecord",
     "part_sha256",
-    "write_container",
 ]
 
 FORMAT_VERSION = 1
 ALIGNMENT = 64
 
-_PADDING = "__padding__."
-_NO_SUM = "0" * 16
-_PREFIX = '{"__metadata__":{"xxh3":"'  # every header starts so; the 16 digits follow
-_SUM_AT = len(_PREFIX)
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_FORMAT_OF = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
+PADDING = "__padding__."
+NO_SUM = "0" * 16
+HEADER_PREFIX = '{"__metadata__":{"xxh3":"'  # every header starts so; the 16 digits follow
+SUM_AT = len(HEADER_PREFIX)
 
 
 class TensorRecord(msgspec.Struct, frozen=True):
@@ -74,13 +66,15 @@ class Metadata(msgspec.Struct, kw_only=True):
         format_version: integer; a file with a newer one is refused.
         model_config: the fields of the Hugging Face config.json, None for a foreign module.
         policy: the quantizer's configuration as it was applied.
-        tensors: name -> record; filled in by `write_container`.
+        tensors: name -> record; filled in by `ContainerWriter`.
         tokenizer_json: the text of tokenizer.json, None when the file serves token ids only.
         tokenizer_config: the fields of tokenizer_config.json.
         chat_template: jinja source, None when there is none.
         generation_config: the fields of generation_config.json.
         report: sizes by format and the loss summary.
         certificate: what was measured of the model's answers, on which tokens, of which source.
+        fp16_overflows: module or weight name -> largest activation seen there, where it comes too
+            near to float16's largest value; the dtype `auto` avoids float16 then.
     """
 
     format_version: int = FORMAT_VERSION
@@ -93,58 +87,7 @@ class Metadata(msgspec.Struct, kw_only=True):
     generation_config: dict[str, Any] = {}
     report: dict[str, Any] = {}
     certificate: dict[str, Any] = {}
-
-
-def write_container(
-    path: str | os.PathLike[str],
-    tensors: Iterable[tuple[str, torch.Tensor | QuantizedTensor]],
-    metadata: Metadata,
-    *,
-    header_bytes: int = 0,
-) -> None:
-    """Write a container; `path` appears complete or not at all.
-
-    Tensors are written as they come, so a generator keeps one in memory at a time. The metadata is
-    read after the last tensor: a generator may complete `metadata.report` as it goes.
-
-    Args:
-        path: the file to write; replaced if it exists.
-        tensors: unique names, in file order, on any device.
-        metadata: its `tensors` field is ignored and computed here.
-        header_bytes: room to reserve for the header. When it suffices the tensor bytes are written
-            once; otherwise they are copied behind the header when its size is known.
-
-    Raises:
-        CheckpointError: a name occurs twice or is reserved.
-        OSError: the file system refused; no partial file stays behind.
-    """
-    target = Path(path)
-    body = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    whole = target.with_name(f".{target.name}.{os.getpid()}.copy.tmp")
-    reserved = _align(header_bytes)
-    try:
-        with body.open("w+b") as file:
-            file.seek(reserved)
-            entries, records = _write_tensors(file, reserved, tensors)
-            metadata = msgspec.structs.replace(metadata, tensors=records)
-            header = _header(metadata, entries)
-            if len(header) + 8 <= reserved:
-                file.seek(0)
-                _write_header(file, header, reserved)
-                finished = body
-                _sync(file)
-            else:
-                finished = whole
-                with whole.open("wb") as copy:
-                    _write_header(copy, header, _align(len(header) + 8))
-                    file.seek(reserved)
-                    shutil.copyfileobj(file, copy, 16 * 1024 * 1024)
-                    _sync(copy)
-        finished.replace(target)
-    finally:
-        for leftover in (body, whole):
-            with contextlib.suppress(FileNotFoundError):
-                leftover.unlink()
+    fp16_overflows: dict[str, float] = {}
 
 
 class Container(Checkpoint):
@@ -173,6 +116,7 @@ class Container(Checkpoint):
         self.tokenizer_config = self.metadata.tokenizer_config
         self.chat_template = self.metadata.chat_template
         self.generation_config = self.metadata.generation_config
+        self.fp16_overflows = self.metadata.fp16_overflows
 
     def names(self) -> list[str]:
         """Return the names of all weights, sorted, a quantized one once."""
@@ -197,10 +141,10 @@ class Container(Checkpoint):
         record, fmt = self.metadata.tensors[name], self._formats[name]
         parts = {}
         for suffix, checksum in record.parts.items():
-            part = self._file.read(_stored_name(name, suffix))
-            if _checksum(part) != checksum:
+            part = self._file.read(stored_name(name, suffix))
+            if part_xxh3(part) != checksum:
                 self._fail(
-                    f"is damaged: the bytes of {_stored_name(name, suffix)!r} do not match their "
+                    f"is damaged: the bytes of {stored_name(name, suffix)!r} do not match their "
                     "checksum; copy or quantize it again"
                 )
             parts[suffix] = part
@@ -224,9 +168,10 @@ class Container(Checkpoint):
             )
         with self.path.open("rb") as file:
             raw = bytearray(file.read(int.from_bytes(file.read(8), "little")))
-        stored = raw[_SUM_AT : _SUM_AT + 16].decode("utf-8", "replace")
-        raw[_SUM_AT : _SUM_AT + 16] = _NO_SUM.encode()
-        if not raw.startswith(_PREFIX.encode()) or xxhash.xxh3_64_hexdigest(bytes(raw)) != stored:
+        stored = raw[SUM_AT : SUM_AT + 16].decode("utf-8", "replace")
+        raw[SUM_AT : SUM_AT + 16] = NO_SUM.encode()
+        has_prefix = raw.startswith(HEADER_PREFIX.encode())
+        if not has_prefix or xxhash.xxh3_64_hexdigest(bytes(raw)) != stored:
             self._fail("is damaged: its header does not match its checksum; copy it again")
         return len(raw) + 8
 
@@ -257,7 +202,7 @@ class Container(Checkpoint):
             if record.parts.keys() != ({""} if expected is None else expected.keys()):
                 self._fail(f"gives tensor {name!r} the parts {sorted(record.parts)}")
             for suffix in record.parts:
-                stored = _stored_name(name, suffix)
+                stored = stored_name(name, suffix)
                 entry = self._file.entries.get(stored)
                 if entry is None:
                     self._fail(f"lacks {stored!r}, a part of {name!r}")
@@ -273,7 +218,7 @@ class Container(Checkpoint):
                     self._fail(f"uses {stored!r} for two tensors")
                 known.add(stored)
         for stored in self._file.entries:
-            if stored not in known and not stored.startswith(_PADDING):
+            if stored not in known and not stored.startswith(PADDING):
                 self._fail(f"holds {stored!r}, which its metadata does not know")
         return formats
 
@@ -294,7 +239,7 @@ class Container(Checkpoint):
             if entry.start != at:
                 self._fail(f"has bytes {at} to {entry.start} that belong to no tensor")
             at = entry.end
-            if stored.startswith(_PADDING):
+            if stored.startswith(PADDING):
                 if entry.end - entry.start >= ALIGNMENT or bool(self._file.read(stored).any()):
                     self._fail(f"is damaged: its padding {stored!r} is not zero")
             elif entry.start % ALIGNMENT:
@@ -307,91 +252,22 @@ def _by_offset(item: tuple[str, TensorEntry]) -> tuple[int, int]:
     return item[1].start, item[1].end
 
 
-def _write_tensors(
-    file: IO[bytes], start: int, tensors: Iterable[tuple[str, torch.Tensor | QuantizedTensor]]
-) -> tuple[dict[str, dict[str, Any]], dict[str, TensorRecord]]:
-    """Write all parts from byte `start` on; return the header's entries and the records."""
-    entries: dict[str, dict[str, Any]] = {}
-    records: dict[str, TensorRecord] = {}
-    at = 0  # bytes from `start`, as the header counts them
-
-    def put(stored: str, part: torch.Tensor) -> None:
-        nonlocal at
-        if stored in entries or stored == "__metadata__":
-            raise CheckpointError(f"cannot write two tensors named {stored!r}")
-        file.write(_bytes(part))
-        entries[stored] = {
-            "dtype": _DTYPE_NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [at, at + part.nbytes],
-        }
-        at += part.nbytes
-
-    for name, tensor in tensors:
-        if name in records or name.startswith(_PADDING):
-            raise CheckpointError(f"cannot write tensor {name!r}: the name is taken")
-        fmt, shape, parts = _stored_form(tensor)
-        sums, hashes = {}, {}
-        for suffix, part in parts.items():
-            if part.dtype not in _DTYPE_NAMES:
-                raise CheckpointError(f"cannot store {name!r}: {part.dtype} has no stored form")
-            part = part.detach().cpu().contiguous()
-            put(_stored_name(name, suffix), part)
-            sums[suffix] = _checksum(part)
-            hashes[suffix] = part_sha256(part)
-            if at % ALIGNMENT:
-                put(f"{_PADDING}{len(entries)}", torch.zeros(-at % ALIGNMENT, dtype=torch.uint8))
-        records[name] = TensorRecord(fmt.to_json() if fmt else None, shape, sums, hashes)
-    return entries, records
-
-
-def _stored_form(
-    tensor: torch.Tensor | QuantizedTensor,
-) -> tuple[Format | None, tuple[int, ...], dict[str, torch.Tensor]]:
-    if isinstance(tensor, QuantizedTensor):
-        return tensor.format, tensor.shape, tensor.parts
-    plain = _FORMAT_OF.get(tensor.dtype)
-    return Format(plain) if plain else None, tuple(tensor.shape), {"": tensor}
-
-
-def _stored_name(name: str, suffix: str) -> str:
+def stored_name(name: str, suffix: str) -> str:
+    """Return the name under which a part lies in the file; "" is the part of a plain tensor."""
     return part_name(name, suffix) if suffix else name
 
 
-def _header(metadata: Metadata, entries: dict[str, dict[str, Any]]) -> bytes:
-    """Return the header with its checksum missing, unpadded."""
-    text = msgspec.json.encode(metadata).decode()
-    head = {"__metadata__": {"xxh3": _NO_SUM, "fastgpt": text}, **entries}
-    return json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _write_header(file: IO[bytes], header: bytes, total_bytes: int) -> None:
-    """Write length, header and spaces so that they fill `total_bytes`, with the header's sum."""
-    padded = bytearray(header.ljust(total_bytes - 8))
-    padded[_SUM_AT : _SUM_AT + 16] = xxhash.xxh3_64_hexdigest(bytes(padded)).encode()
-    file.write(len(padded).to_bytes(8, "little"))
-    file.write(padded)
-
-
-def _bytes(part: torch.Tensor) -> memoryview:
+def part_bytes(part: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, not copied."""
     raw = part.reshape(-1).view(torch.uint8).numpy()
     return raw.data
 
 
-def _checksum(part: torch.Tensor) -> str:
-    return xxhash.xxh3_64_hexdigest(_bytes(part))
+def part_xxh3(part: torch.Tensor) -> str:
+    """Return the XXH3 of the bytes of a contiguous CPU tensor, 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(part_bytes(part))
 
 
 def part_sha256(part: torch.Tensor) -> str:
     """Return the SHA-256 of the bytes of a contiguous CPU tensor."""
-    return hashlib.sha256(_bytes(part)).hexdigest()
-
-
-def _align(n: int) -> int:
-    return math.ceil(n / ALIGNMENT) * ALIGNMENT
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    return hashlib.sha256(part_bytes(part)).hexdigest()

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastgpt.errors import ConfigError
+
 __all__ = ["inspect"]
 
 
@@ -13,8 +15,14 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="A FastGPT file, a Hugging Face directory, or a GGUF file.")
     ],
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="[REPORT]", help="With --report: a .html or .json file to write."),
+    ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    report: Annotated[bool, typer.Option("--report", help="Print the report as JSON.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Print the report as JSON, or write it to REPORT.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Check every tensor's bytes.")] = False,
 ) -> None:
     """Print what a model file holds."""
@@ -24,8 +32,10 @@ def inspect(
 
     checkpoint = open_checkpoint(path)
     container = checkpoint if isinstance(checkpoint, Container) else None
+    if target is not None and not report:
+        raise ConfigError(f"{target} is one argument too many; --report writes a report there")
     if report:
-        typer.echo(json.dumps(container.metadata.report if container else {}, indent=2))
+        _report(container, path, target)
         return
     config = checkpoint.config or {}
     names = checkpoint.names()
@@ -57,6 +67,26 @@ def inspect(
         for name in names:
             checkpoint.read(name)
         typer.echo(f"all {len(names)} tensors match their checksums")
+
+
+def _report(container: Any, path: Path, target: Path | None) -> None:
+    """Print the report, or write it as a page or as JSON."""
+    from fastgpt.quant.report_page import report_json, report_page
+
+    if container is None:
+        raise ConfigError(f"{path} is not quantized, so it has no report")
+    if target is None:
+        typer.echo(json.dumps(report_json(container), indent=2))
+        return
+    if target.suffix not in {".html", ".json"}:
+        raise ConfigError(f"the report goes to a .html or .json file, not to {target}")
+    is_page = target.suffix == ".html"
+    text = report_page(container) if is_page else json.dumps(report_json(container), indent=2)
+    try:
+        target.write_text(text, "utf-8")
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written: {error.strerror}") from None
+    typer.echo(f"wrote {target}, {target.stat().st_size:,} bytes")
 
 
 def _line(key: str, value: Any) -> None:

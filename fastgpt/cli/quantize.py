@@ -15,7 +15,9 @@ def quantize(
     source: Annotated[
         str, typer.Argument(help="Hugging Face directory, FastGPT or GGUF file, or state-dict .pt.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, such as m.pt.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write, such as m.pt.")
+    ] = None,
     policy: Annotated[
         str, typer.Option(help="four-tier, fp8, int4, or a YAML or JSON file.")
     ] = "four-tier",
@@ -41,39 +43,52 @@ def quantize(
     calibration: Annotated[
         str, typer.Option(help="self (the model's own generations), none, or a text file.")
     ] = "self",
+    seed: Annotated[int, typer.Option(help="Of the model's own generations.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda:0.")] = None,
     format: Annotated[
         str,
         typer.Option(help="fastgpt, or compressed-tensors: a directory for vLLM, transformers."),
     ] = "fastgpt",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, write nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run into this file was stopped.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file, or an unfinished run into it.")
+    ] = False,
 ) -> None:
     """Quantize a model into one file, or into a directory for other engines."""
-    from fastgpt.checkpoint.export import check_expressible, check_output
-    from fastgpt.quant import Quantizer
+    from dataclasses import replace
 
-    check_output(output, format)
+    from fastgpt import env
+    from fastgpt.checkpoint.export import check_expressible
+    from fastgpt.logging import setup
+    from fastgpt.quant import Calibration, Quantizer
+
+    setup(env.log_level())
+    # By way of a file of ours where another form is asked for: the run itself knows one only.
+    file = None if dry_run else _file_to_write(output, format, resume=resume, overwrite=overwrite)
+
     quantizer = Quantizer(
         source,
         _read_policy(policy),
         tokenizer=tokenizer,
         sensitive="auto" if sensitive == ["auto"] else sensitive or (),
         budget=_budget(budget, max_kl, min_top1),
-        calibration=calibration,
+        calibration=replace(Calibration.parse(calibration), seed=seed),
         device=device,
         model_config=model_config,
     )
     if dry_run:
         typer.echo(str(quantizer.dry_run()))
         return
-    if format == "fastgpt":
-        quantizer.write(output)
-    else:
-        # By way of a file of ours: the run itself knows one form only.
+    assert output is not None
+    assert file is not None
+    if file != output:
         for item in quantizer.plan():
             check_expressible(item.name, item.format, item.shape)
-        file = output.with_name(f".{output.name}.pt")
-        quantizer.write(file)
+    quantizer.write(file, resume=resume)
+    if file != output:
         _export(file, output)
         file.unlink()
     written = output.rglob("*") if output.is_dir() else [output]
@@ -89,20 +104,40 @@ def _export(file: Path, output: Path) -> None:
     write_compressed_tensors(output, tensors, opened.metadata)
 
 
+def _file_to_write(output: Path | None, format: str, *, resume: bool, overwrite: bool) -> Path:
+    """Return the file of ours to write: the output, or what another form is then made from."""
+    from fastgpt.checkpoint.export import check_output
+    from fastgpt.quant.journal import Journal
+
+    if output is None:
+        raise ConfigError("--output is missing; name the file to write, or ask for --dry-run")
+    check_output(output, format)
+    if resume and overwrite:
+        raise ConfigError("--resume goes on and --overwrite starts anew; give one of them")
+    file = output if format == "fastgpt" else output.with_name(f".{output.name}.pt")
+    is_unfinished = Journal.exists(file)
+    if not resume and not overwrite and is_unfinished:
+        raise ConfigError(
+            f"a run into {output} was stopped; go on with --resume, or start anew with --overwrite"
+        )
+    if file == output and output.exists() and not overwrite and not is_unfinished:
+        raise ConfigError(f"{output} exists; choose another file, or replace it with --overwrite")
+    return file
+
+
 def _budget(size: str | None, max_kl: float | None, min_top1: float | None) -> Any:
     """Return the budget the options describe, or None."""
     from dataclasses import replace
 
     from fastgpt.quant import Budget
 
-    if size is None and max_kl is None:
-        if min_top1 is not None:
-            raise ConfigError("--min-top1 goes with --budget or --max-kl")
+    if size is None and max_kl is None and min_top1 is None:
         return None
-    if size is not None and max_kl is not None:
+    if size is None:
+        return Budget(max_kl=max_kl, min_top1=min_top1)
+    if max_kl is not None:
         raise ConfigError("give --budget or --max-kl, not both")
-    base = Budget(max_kl=max_kl) if size is None else Budget.parse(size)
-    return replace(base, min_top1=min_top1)
+    return replace(Budget.parse(size), min_top1=min_top1)
 
 
 def _read_policy(value: str) -> dict[str, Any] | str:

@@ -175,7 +175,7 @@ def load_model(
         config,
         checkpoint.read,
         on,
-        resolve_dtype(dtype, on, checkpoint.config),
+        resolve_dtype(dtype, on, checkpoint.config, checkpoint.fp16_overflows),
         memory.allocate,
         max_position=positions,
     )

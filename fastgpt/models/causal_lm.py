@@ -112,7 +112,7 @@ def load(
         kind.parse_config(checkpoint.config),
         checkpoint.read,
         where,
-        resolve_dtype(dtype, where, checkpoint.config),
+        resolve_dtype(dtype, where, checkpoint.config, checkpoint.fp16_overflows),
         lambda shape, dtype, name: torch.empty(shape, dtype=dtype, device=where),
     )
     return CausalLM(model, checkpoint)

@@ -1,14 +1,19 @@
 """Where a model runs and in which type: the meaning of device and dtype `auto`."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fastgpt import env
 from fastgpt.errors import ConfigError, DeviceError
+from fastgpt.logging import get_logger
 
 __all__ = ["resolve_device", "resolve_dtype"]
+
+_log = get_logger(__name__)
 
 _DTYPES = {
     "float32": torch.float32,
@@ -46,18 +51,32 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(
-    dtype: str | torch.dtype, device: torch.device, config: dict[str, Any]
+    dtype: str | torch.dtype,
+    device: torch.device,
+    config: dict[str, Any],
+    fp16_overflows: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.dtype:
     """Return the type of activations and cache.
 
     `auto` is the checkpoint's own on GPUs of compute capability 8.0 and newer, float16 on older
-    ones; on the CPU bfloat16 where the CPU multiplies it (AVX512-BF16), else float32.
+    ones; on the CPU bfloat16 where the CPU multiplies it (AVX512-BF16), else float32. Where
+    activations leave float16's range, bfloat16 takes its place, and float32 on GPUs without it.
+
+    Args:
+        dtype: "auto", "float32", "bfloat16", "float16", or the type itself.
+        device: where the model runs.
+        config: fields of config.json.
+        fp16_overflows: see `Checkpoint`.
 
     Raises:
-        ConfigError: if the text names no such type.
+        ConfigError: if the text names no such type, or float16 where activations overflow it.
     """
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
+    if dtype == "float16" and fp16_overflows:
+        raise ConfigError(
+            f"dtype is float16, but {_describe(fp16_overflows)}; use bfloat16, float32 or auto"
+        )
     if dtype in _DTYPES:
         return _DTYPES[dtype]
     if dtype != "auto":
@@ -66,6 +85,18 @@ def resolve_dtype(
         has_bf16 = "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
         return torch.bfloat16 if has_bf16 and env.cpu_isa() in (None, "avx512") else torch.float32
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return torch.float16
+        if not fp16_overflows:
+            return torch.float16
+        _log.warning(
+            "%s, and this GPU has no bfloat16: running in float32, at half the speed or less; "
+            "a GPU of compute capability 8.0 or newer runs it in bfloat16",
+            _describe(fp16_overflows),
+        )
+        return torch.float32
     named = config.get("dtype") or config.get("torch_dtype")
-    return torch.float16 if named == "float16" else torch.bfloat16
+    return torch.float16 if named == "float16" and not fp16_overflows else torch.bfloat16
+
+
+def _describe(fp16_overflows: Mapping[str, float]) -> str:
+    name, amax = max(fp16_overflows.items(), key=lambda item: item[1])
+    return f"activations at {name} reach {amax:.4g}, too near to float16's largest value 65504"

@@ -23,9 +23,9 @@ from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.errors import ConfigError
 from fastgpt.layers.weights import Source
 from fastgpt.models.registry import family
-from fastgpt.quant.family import PlannedTensor
 from fastgpt.quant.layerwise import layer_index
 from fastgpt.quant.observe import HiddenStates, InputStats
+from fastgpt.quant.plan import PlannedTensor
 from fastgpt.quant.rounding import round_tensor
 from fastgpt.quant.search import choose, output_error
 from fastgpt.scheme import Format, QuantizedTensor
@@ -60,7 +60,7 @@ _MAX_GRAM_COLS = 16384
 
 @dataclass(frozen=True)
 class Budget:
-    """What a quantized model may take or lose; one of the first three.
+    """What a quantized model may take or lose: one of the first three, the last, or both.
 
     Attributes:
         bytes: of all stored weights, scales and padding included.
@@ -76,15 +76,15 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Check that one size or loss is given, with a possible value."""
-        given = [self.bytes, self.bits_per_weight, self.max_kl]
-        if sum(value is not None for value in given) != 1:
+        sizes = (self.bytes, self.bits_per_weight, self.max_kl)
+        given = [value for value in sizes if value is not None]
+        if len(given) > 1 or (not given and self.min_top1 is None):
             raise ConfigError(
-                "a budget names one of bytes, bits_per_weight and max_kl; "
-                f"this one names {sum(value is not None for value in given)}"
+                "a budget names one of bytes, bits_per_weight and max_kl, or min_top1; "
+                f"this one names {len(given)}"
             )
-        value = next(value for value in given if value is not None)
-        if not value > 0:
-            raise ConfigError(f"a budget of {value} is not possible; expected more than 0")
+        if given and not given[0] > 0:
+            raise ConfigError(f"a budget of {given[0]} is not possible; expected more than 0")
         if self.min_top1 is not None and not 0 < self.min_top1 < 1:
             raise ConfigError(f"min_top1 is {self.min_top1}; expected a share between 0 and 1")
 

@@ -63,6 +63,23 @@ class Calibration:
             return f"file {Path(self.source).name}" if is_file else "the model's own generations"
         return "texts given"
 
+    def key(self) -> dict[str, Any]:
+        """Return what decides the tokens, as JSON values: two equal keys give the same tokens."""
+        source = self.source
+        if isinstance(source, (str, os.PathLike)) and source != "self":
+            source = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        elif source is not None and source != "self":
+            source = hashlib.sha256(json.dumps(list(source)).encode()).hexdigest()
+        prompts = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        return {
+            "source": source,
+            "prompts": prompts if self.prompts else None,
+            "num_sequences": self.num_sequences,
+            "num_evaluation": self.num_evaluation,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
     @staticmethod
     def parse(value: Any) -> Calibration:
         """Return the calibration an argument describes.

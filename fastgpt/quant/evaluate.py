@@ -4,12 +4,15 @@ The source and the quantized model read the same tokens, layer by layer beside e
 more than one layer of each is in memory. Their next-token distributions p (source, float32) and q
 (stored weights, the arithmetic that is served) give, over all positions:
 
-    KL              sum p log(p / q), mean and 99th percentile, nats
+    KL              sum p log(p / q), mean, median and 99th percentile, nats
     same top token  share of positions where both prefer the same token
     perplexity      exp of the mean negative log-likelihood of the next token; its ratio with a 95 %
                     interval from the spread between sequences
     noise floor     mean KL between the source in float32 and in bfloat16: below it, what is
                     measured cannot be told from rounding of activations
+
+Positions of one sequence depend on each other, so the 95 % intervals of KL and of the top token
+come from drawing whole sequences again and again (bootstrap, Efron 1979).
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from torch import Tensor
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.layers.weights import Source
+from fastgpt.memory import GPTMemoryPool
 from fastgpt.models.placement import resolve_dtype
 from fastgpt.models.registry import family
 from fastgpt.quant.calibration import tokens_sha256
 from fastgpt.quant.layerwise import layer_index
 from fastgpt.quant.observe import HiddenStates
+from fastgpt.quant.ranges import ActivationRanges
 from fastgpt.scheme import QuantizedTensor
 
 __all__ = ["Evaluation", "stored_nll"]
@@ -36,6 +41,8 @@ __all__ = ["Evaluation", "stored_nll"]
 Stored = Tensor | QuantizedTensor
 
 _NEAR_FLOOR = 3.0  # a KL under this many floors says little
+_NUM_DRAWS = 2000  # of the bootstrap
+_AT_ONCE = 1 << 25  # logits compared together; float64 takes eight times the bytes, a few times
 
 
 class Evaluation:
@@ -45,6 +52,8 @@ class Evaluation:
         checkpoint: the source.
         sequences: token ids, two sequences or more.
         device: where to run; None is the CPU.
+        ranges: records the activations of the quantized model.
+        pool: of the device, for the weights of the layer that runs; its own without one.
     """
 
     def __init__(
@@ -52,6 +61,8 @@ class Evaluation:
         checkpoint: Checkpoint,
         sequences: Sequence[Sequence[int]],
         device: torch.device | None,
+        ranges: ActivationRanges | None = None,
+        pool: GPTMemoryPool | None = None,
     ) -> None:
         assert checkpoint.config is not None
         self.figures: dict[str, Any] = {}
@@ -60,19 +71,32 @@ class Evaluation:
         self._config = self._kind.parse_config(checkpoint.config)
         self._sequences = [list(ids) for ids in sequences]
         self._device = device or torch.device("cpu")
+        self.ranges = ranges or ActivationRanges()
+        self._pool = pool or GPTMemoryPool(self._device)
         self._served = resolve_dtype("auto", self._device, checkpoint.config)
+        # Where the file is served in float16, it is only known at the end whether that holds its
+        # activations; what takes float16's place then runs beside it.
+        self._dtypes = [self._served]
+        if self._served == torch.float16:
+            self._dtypes.append(_without_fp16(self._device))
 
-    def watch(self, tensors: Iterable[tuple[str, Stored]]) -> Iterator[tuple[str, Stored]]:
-        """Yield the same tensors, which come in file order; after the last, `figures` is set."""
+    def watch(
+        self, tensors: Iterable[tuple[str, Stored]], read_back: Source | None = None
+    ) -> Iterator[tuple[str, Stored]]:
+        """Yield the same tensors, which come in file order; after the last, `figures` is set.
+
+        read_back: name -> a tensor that was yielded, so that embedding and head need not be held.
+        """
         read = self._checkpoint.read
         rest: dict[str, Stored] = {}
+        read_rest = read_back or rest.__getitem__
         source = self._states(read, torch.float32)
         rounded = self._states(read, torch.bfloat16)
-        stored: HiddenStates | None = None
+        stored: list[HiddenStates] = []
         for index, run in itertools.groupby(tensors, lambda item: layer_index(item[0])):
             if index is None or index >= self._config.num_layers:
                 for name, tensor in run:
-                    if index is None:
+                    if index is None and read_back is None:
                         rest[name] = tensor
                     yield name, tensor
                 continue
@@ -80,50 +104,106 @@ class Evaluation:
             for name, tensor in run:
                 layer[name] = tensor
                 yield name, tensor
-            stored = stored or self._states(rest.__getitem__, self._served)
+            stored = stored or [self._states(read_rest, dtype) for dtype in self._dtypes]
             source.advance(index, read)
             rounded.advance(index, read)
-            stored.advance(index, layer.__getitem__)
-        assert stored is not None
+            for states in stored[:-1]:
+                states.advance(index, layer.__getitem__)
+            stored[-1].advance(index, layer.__getitem__, ranges=self.ranges)
+        if self.ranges.fp16_overflows():
+            stored = stored[-1:]
         self.figures = self._compare(
-            source.logits(read), rounded.logits(read), stored.logits(rest.__getitem__)
+            source.logits(read), rounded.logits(read), stored[0].logits(read_rest)
         )
+        self.figures["arithmetic"] = f"{_name(stored[0].dtype)} on {self._device.type}"
 
     def _states(self, read: Source, dtype: torch.dtype) -> HiddenStates:
-        return HiddenStates(self._kind, self._config, read, self._sequences, self._device, dtype)
+        return HiddenStates(
+            self._kind, self._config, read, self._sequences, self._device, dtype, self._pool
+        )
 
     def _compare(
         self, source: Iterator[Tensor], rounded: Iterator[Tensor], stored: Iterator[Tensor]
     ) -> dict[str, Any]:
         """Return the figures of three runs of logits, one [tokens, vocab] per sequence."""
         order = HiddenStates.order(self._sequences)
-        divergences, floors, same, before, after = [], [], [], [], []
+        divergences: list[Tensor] = []
+        floors: list[Tensor] = []
+        same: list[Tensor] = []
+        before: list[Tensor] = []
+        after: list[Tensor] = []
         for at, a, b, c in zip(order, source, rounded, stored, strict=True):
-            log_p, log_r, log_q = (x.double().log_softmax(-1) for x in (a, b, c))
-            p = log_p.exp()
-            divergences.append((p * (log_p - log_q)).sum(-1).clamp(min=0))
-            floors.append((p * (log_p - log_r)).sum(-1).clamp(min=0))
-            same.append((log_p.argmax(-1) == log_q.argmax(-1)).double())
-            after.append(next_token_nll(log_q, self._sequences[at]))
-            before.append(next_token_nll(log_p, self._sequences[at]))
+            next_ids = torch.tensor([*self._sequences[at][1:], 0], device=a.device)
+            step = max(1, _AT_ONCE // a.shape[1])
+            pieces = [
+                _compare_rows(*rows)
+                for rows in zip(*(x.split(step) for x in (a, b, c, next_ids)), strict=True)
+            ]
+            columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
+            for figures, column in zip((divergences, floors, same), columns, strict=False):
+                figures.append(column)
+            before.append(columns[3][:-1])  # nothing follows the last token
+            after.append(columns[4][:-1])
         kl, floor = torch.cat(divergences), float(torch.cat(floors).mean())
         ratio, low, high = _ratio(before, after)
         mean = float(kl.mean())
         return {
             "positions": kl.numel(),
+            "num_sequences": len(order),
             "kl_mean": mean,
-            "kl_p99": float(kl.kthvalue(max(1, math.ceil(0.99 * kl.numel()))).values),
+            "kl_mean_95": bootstrap_interval(divergences),
+            "kl_median": _quantile(kl, 0.5),
+            "kl_p99": _quantile(kl, 0.99),
             "same_top1": float(torch.cat(same).mean()),
+            "same_top1_95": bootstrap_interval(same),
             "nll_source": float(torch.cat(before).mean()),
             "nll": float(torch.cat(after).mean()),
             "perplexity_ratio": ratio,
             "perplexity_ratio_95": [low, high],
             "noise_floor_kl": floor,
             "near_noise": mean < _NEAR_FLOOR * floor,
-            "arithmetic": f"{str(self._served).removeprefix('torch.')} on {self._device.type}",
             "evaluation_tokens": self._sequences,
             "evaluation_sha256": tokens_sha256(self._sequences),
         }
+
+
+def bootstrap_interval(groups: Sequence[Tensor], num_draws: int = _NUM_DRAWS) -> list[float]:
+    """Return the 95 % interval of the mean over all values when whole groups are drawn anew."""
+    totals = torch.stack([group.sum() for group in groups])
+    sizes = torch.tensor([float(group.numel()) for group in groups], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)  # the same figures from the same model
+    drawn = torch.randint(len(groups), (num_draws, len(groups)), generator=generator)
+    means = totals[drawn].sum(1) / sizes[drawn].sum(1)
+    return [_quantile(means, 0.025), _quantile(means, 0.975)]
+
+
+def _compare_rows(p: Tensor, r: Tensor, q: Tensor, next_ids: Tensor) -> tuple[Tensor, ...]:
+    """Return KL, noise floor, same top token, and both likelihoods of each row, float64."""
+    log_p, log_r, log_q = (x.double().log_softmax(-1) for x in (p, r, q))
+    weight = log_p.exp()
+    rows = (
+        (weight * (log_p - log_q)).sum(-1).clamp(min=0),
+        (weight * (log_p - log_r)).sum(-1).clamp(min=0),
+        (log_p.argmax(-1) == log_q.argmax(-1)).double(),
+        -log_p.gather(1, next_ids.unsqueeze(1)).squeeze(1),
+        -log_q.gather(1, next_ids.unsqueeze(1)).squeeze(1),
+    )
+    return tuple(row.cpu() for row in rows)
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """Return the smallest value that `share` of the values do not exceed."""
+    return float(values.kthvalue(max(1, math.ceil(share * values.numel()))).values)
+
+
+def _without_fp16(device: torch.device) -> torch.dtype:
+    """Return the type that a device computes in where float16 cannot hold the activations."""
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.float32 if is_old else torch.bfloat16
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def next_token_nll(log_probs: Tensor, ids: Sequence[int]) -> Tensor:
@@ -140,7 +220,7 @@ def stored_nll(
     kind = family(checkpoint.config)
     config = kind.parse_config(checkpoint.config)
     on = device or torch.device("cpu")
-    dtype = resolve_dtype("auto", on, checkpoint.config)
+    dtype = resolve_dtype("auto", on, checkpoint.config, checkpoint.fp16_overflows)
     states = HiddenStates(kind, config, checkpoint.read, sequences, on, dtype)
     for index in range(config.num_layers):
         states.advance(index, checkpoint.read)

@@ -7,100 +7,36 @@ are rounded: y = W (γ ⊙ x) = (W diag(γ / γ̂)) (γ̂ ⊙ x), so only the ro
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastgpt.checkpoint.base import Checkpoint
-from fastgpt.errors import CheckpointError, ConfigError
+from fastgpt.errors import CheckpointError
+from fastgpt.memory import GPTMemoryPool
 from fastgpt.models.placement import resolve_dtype
 from fastgpt.models.registry import family
+from fastgpt.quant.host import on_host
 from fastgpt.quant.layerwise import LayerWeights, NormSite, layer_index, quantize_layer
 from fastgpt.quant.observe import HiddenStates, InputStats
-from fastgpt.quant.policy import Parameter, Policy
-from fastgpt.quant.report import Report
+from fastgpt.quant.plan import PlannedTensor, blocks_of
+from fastgpt.quant.ranges import ActivationRanges
+from fastgpt.quant.report import Report, squared_errors
 from fastgpt.quant.rounding import binary_residual, round_tensor
 from fastgpt.quant.search import Choice, choose, is_searched
 from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor
 
-__all__ = ["PlannedTensor", "plan_family", "quantize_family"]
+__all__ = ["quantize_family"]
 
 Stored = torch.Tensor | QuantizedTensor
 
-_MTP_ROLE = "mtp"
-# Of input statistics on the device for one layer; more inputs than fit keep diagonals only.
-_GRAM_BYTES = 10 << 30
-_DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # computed from the configuration, not a weight
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """One tensor of the output file.
-
-    Attributes:
-        name: Hugging Face name.
-        shape: of the unquantized tensor.
-        role: its role, or "mtp".
-        format: None keeps it as it is.
-        consumers: weights that absorb what rounding this norm gain loses.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: str
-    format: Format | None
-    consumers: tuple[str, ...] = ()
-
-
-def plan_family(checkpoint: Checkpoint, policy: Policy) -> tuple[list[PlannedTensor], list[str]]:
-    """Return every tensor of the output with its format, in file order, and notes for the report.
-
-    Raises:
-        CheckpointError: an unknown architecture; a weight that is missing or has no role.
-        ConfigError: a rule that matches nothing or cannot be applied.
-    """
-    assert checkpoint.config is not None
-    kind = family(checkpoint.config)
-    config = kind.parse_config(checkpoint.config)
-    specs = [s for s in kind.roles(config) if not s.optional or s.name in checkpoint]
-    missing = [s.name for s in specs if s.name not in checkpoint]
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} weights are missing, the first is {missing[0]!r}; "
-            "is a shard absent, or the configuration of another model?"
-        )
-    known = {s.name for s in specs}
-    extra = [name for name in checkpoint.names() if name not in known]
-    mtp = [name for name in extra if kind.is_mtp(config, name)]
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    unknown = [n for n in extra if n not in {*mtp, *tied} and not _DERIVED.search(n)]
-    if unknown:
-        raise CheckpointError(
-            f"{len(unknown)} weights have no role in a {kind.name} model, the first is "
-            f"{unknown[0]!r}; is the configuration that of another model?"
-        )
-
-    formats = policy.assign([Parameter(s.name, s.shape, s.role) for s in specs])
-    notes = []
-    planned = []
-    for spec in specs:
-        fmt = formats[spec.name]
-        if fmt is not None and fmt.folds_residual and not spec.consumers:
-            notes.append(f"{spec.name} is kept: no weight can absorb what a binary gain loses")
-            fmt = None
-        planned.append(PlannedTensor(spec.name, spec.shape, spec.role, fmt, spec.consumers))
-    _check_experts_share_a_format(planned)
-    _check_roles_took_bytes(planned, policy)
-    for name in mtp:
-        shape = tuple(checkpoint.read(name).shape)
-        planned.append(PlannedTensor(name, shape, _MTP_ROLE, Format("bf16")))
-    if mtp:
-        notes.append(f"{len(mtp)} multi-token prediction weights are kept in bf16 and not loaded")
-    return planned, notes
+# Of input statistics on the device for one layer; wider inputs than fit keep diagonals only, so
+# their codes are searched by scale and not by GPTQ. It holds 18,944 columns, not the 28,672 of a
+# 70B model's down_proj: with their factors in float64 those would take 20 GB.
+_GRAM_BYTES = 4 << 30
 
 
 def quantize_family(
@@ -109,30 +45,59 @@ def quantize_family(
     report: Report,
     device: torch.device | None,
     sequences: Sequence[Sequence[int]] = (),
+    *,
+    pool: GPTMemoryPool | None = None,
+    finished: Callable[[str], Stored | None] = lambda name: None,
+    ranges: ActivationRanges | None = None,
 ) -> Iterator[tuple[str, Stored]]:
     """Yield name and stored form of every planned tensor; fills `report` as it goes.
 
     One weight at a time is on `device` (None: where it is), or one decoder layer at a time where
     `sequences`, the token ids of calibration texts, let codes be searched; results are on the CPU.
 
+    Args:
+        checkpoint: the source.
+        planned: from `plan_family`.
+        report: an entry is added for every tensor that is not finished.
+        device: where the arithmetic runs.
+        sequences: token ids; every fourth is held out.
+        pool: of the device, for the weights that are on it; its own without one.
+        finished: name -> stored form of what a run before this one made, None for what it did not;
+            it knows all tensors of a block (see `blocks_of`) or none.
+        ranges: records the activations of the calibration tokens in the quantized layers.
+
     Raises:
         CheckpointError: a weight has another shape than its role says, or NaN or infinite values.
         ConfigError: a value does not fit its format.
     """
     norms, residuals = _binary_norms(checkpoint, planned)
+    pool = pool or GPTMemoryPool(device or "cpu")
+    one = partial(_one, checkpoint, norms, residuals, report, device, pool)
     if not sequences or not any(is_searched(item.format) for item in planned):
         for item in planned:
-            yield item.name, _one(checkpoint, item, norms, residuals, report, device)
+            stored = finished(item.name)
+            yield item.name, one(item) if stored is None else stored
         return
-    searcher = _LayerSearch(checkpoint, planned, norms, residuals, report, device, sequences)
-    for index, run in itertools.groupby(planned, lambda item: layer_index(item.name)):
-        items = list(run)
+    searcher = _LayerSearch(
+        checkpoint, planned, norms, residuals, report, device, sequences, pool, ranges
+    )
+    for items in blocks_of(planned):
+        index = layer_index(items[0].name)
         if index is not None and index < searcher.config.num_layers:
-            yield from searcher.layer(index, items)
+            yield from searcher.layer(index, items, finished)
             continue
         for item in items:
-            stats = searcher.head_stats(item)
-            yield item.name, _one(checkpoint, item, norms, residuals, report, device, stats)
+            stored = finished(item.name)
+            if stored is None:
+                stored = one(item, searcher.head_stats(item))
+            _release(device)
+            yield item.name, stored
+
+
+def _release(device: torch.device | None) -> None:
+    """Give back what torch keeps: blocks of the size of an embedding fit nothing in a layer."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _binary_norms(
@@ -165,11 +130,12 @@ def _read(checkpoint: Checkpoint, item: PlannedTensor) -> Stored:
 
 def _one(
     checkpoint: Checkpoint,
-    item: PlannedTensor,
     norms: dict[str, QuantizedTensor],
     residuals: dict[str, torch.Tensor],
     report: Report,
     device: torch.device | None,
+    pool: GPTMemoryPool,
+    item: PlannedTensor,
     stats: InputStats | None = None,
 ) -> Stored:
     """Return the stored form of one tensor on its own."""
@@ -184,8 +150,8 @@ def _one(
         _count(report, item, source, source)
         return source
     wanted = _dense(source, item)
-    if device is not None:
-        wanted = wanted.to(device)
+    if device is not None and device.type != "cpu":
+        wanted = pool.allocate(wanted.shape, None, wanted.dtype).copy_(wanted)
     if fold is not None:
         wanted = wanted.to(torch.float32) * fold.to(wanted.device)
     fmt = item.format or _kept_format(source, item)
@@ -193,10 +159,10 @@ def _one(
         _check_finite(wanted, item)
         choice = choose(wanted, fmt, stats, item.name)
         _count(report, item, source, choice.stored, wanted, choice)
-        return choice.stored.to("cpu")
+        return on_host(choice.stored)
     result = round_tensor(wanted, fmt, item.name)
     _count(report, item, source, result, wanted)
-    return result.to("cpu")
+    return on_host(result)
 
 
 class _LayerSearch:
@@ -215,8 +181,12 @@ class _LayerSearch:
         report: Report,
         device: torch.device | None,
         sequences: Sequence[Sequence[int]],
+        pool: GPTMemoryPool,
+        ranges: ActivationRanges | None,
     ) -> None:
         assert checkpoint.config is not None
+        self.pool = pool
+        self.ranges = ranges
         self.kind = family(checkpoint.config)
         self.config = self.kind.parse_config(checkpoint.config)
         self.checkpoint = checkpoint
@@ -228,12 +198,28 @@ class _LayerSearch:
         if self.device.type == "cpu":
             dtype = torch.float32
         self.states = HiddenStates(
-            self.kind, self.config, checkpoint.read, sequences, self.device, dtype
+            self.kind, self.config, checkpoint.read, sequences, self.device, dtype, pool
         )
+        _release(device)
         self.norm_items = {item.name: item for item in planned if item.consumers}
 
-    def layer(self, index: int, items: list[PlannedTensor]) -> Iterator[tuple[str, Stored]]:
+    def layer(
+        self,
+        index: int,
+        items: list[PlannedTensor],
+        finished: Callable[[str], Stored | None],
+    ) -> Iterator[tuple[str, Stored]]:
         """Yield the stored tensors of one decoder layer, in the order of `items`."""
+        stored = {item.name: finished(item.name) for item in items}
+        made = {name: value for name, value in stored.items() if value is not None}
+        if len(made) != len(items):
+            made = self._quantized(index, items)
+        self.states.advance(index, made.__getitem__, ranges=self.ranges)
+        for item in items:
+            yield item.name, on_host(made[item.name])
+
+    def _quantized(self, index: int, items: list[PlannedTensor]) -> dict[str, Stored]:
+        """Return the stored tensors of one layer, on the device."""
         sources = {item.name: _read(self.checkpoint, item) for item in items}
         dense: dict[str, torch.Tensor] = {}
         dtypes: dict[str, torch.dtype] = {}
@@ -241,10 +227,10 @@ class _LayerSearch:
             source = sources[item.name]
             if item.name in self.norms:
                 continue
-            value = _dense(source, item).to(self.device, torch.float32)
+            value = self._placed(_dense(source, item), item.name)
             _check_finite(value, item)
             fold = self.residuals.get(item.name)
-            dense[item.name] = value if fold is None else value * fold.to(self.device)
+            dense[item.name] = value if fold is None else value.mul_(fold.to(self.device))
             fmt = item.format or _kept_format(source, item)
             dtypes[item.name] = PLAIN_DTYPES.get(fmt.name, torch.float32)
         work = LayerWeights(dense, {item.name: item.format for item in items}, dtypes, {})
@@ -259,10 +245,13 @@ class _LayerSearch:
                 index, read_before, wanted, _gram_limit(items, wanted)
             )
             quantize_layer(work, self._norm_sites(items), self.kind.value_heads(self.config))
-        stored = {item.name: self._store(item, sources[item.name], work, before) for item in items}
-        self.states.advance(index, stored.__getitem__)
-        for item in items:
-            yield item.name, stored[item.name].to("cpu")
+        return {item.name: self._store(item, sources[item.name], work, before) for item in items}
+
+    def _placed(self, value: torch.Tensor, name: str) -> torch.Tensor:
+        """Return a weight as float32 on the device, in memory that every layer uses anew."""
+        place = self.pool.allocate(value.shape, _in_any_layer(name), torch.float32)
+        # Half the bytes travel when the type changes over there.
+        return place.copy_(value.to(self.device))
 
     def head_stats(self, item: PlannedTensor) -> InputStats | None:
         """Return what reaches the output matrix; None for any other tensor."""
@@ -312,7 +301,13 @@ class _LayerSearch:
         fmt = item.format or _kept_format(source, item)
         result = round_tensor(value, fmt, item.name)
         _count(self.report, item, source, result, value)
+        if isinstance(result, torch.Tensor) and result.data_ptr() == value.data_ptr():
+            return result.clone()  # the next layer comes into this memory
         return result
+
+
+def _in_any_layer(name: str) -> str:
+    return re.sub(r"^model\.layers\.\d+\.", "layer.", name)
 
 
 def _gram_limit(items: list[PlannedTensor], wanted: list[str]) -> int:
@@ -369,10 +364,7 @@ def _count(
 ) -> None:
     squared_error = squared_norm = 0.0
     if wanted is not None:
-        exact = wanted.to(torch.float32)
-        got = result.to(torch.float32) if isinstance(result, torch.Tensor) else result.dequantize()
-        squared_norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
-        squared_error = float(torch.linalg.vector_norm(got - exact, dtype=torch.float64)) ** 2
+        squared_error, squared_norm = squared_errors(result, wanted)
     report.add(
         item.name,
         role=item.role,
@@ -407,28 +399,3 @@ def _format_name(result: Stored) -> str:
         torch.float16: "fp16",
     }
     return plain.get(result.dtype, str(result.dtype).removeprefix("torch."))
-
-
-def _check_experts_share_a_format(planned: list[PlannedTensor]) -> None:
-    """Kernels run all experts of a layer at once, gate and up together: they share one format."""
-    seen: dict[tuple[str, bool], PlannedTensor] = {}
-    for item in planned:
-        match = re.search(r"^(.*\.experts)\.\d+\.(gate|up|down)_proj\.weight$", item.name)
-        if match is None:
-            continue
-        first = seen.setdefault((match[1], match[2] == "down"), item)
-        if first.format != item.format:
-            raise ConfigError(
-                f"{item.name} would be {item.format or 'kept'} but {first.name} "
-                f"{first.format or 'kept'}; the experts of one layer share one format, so widen or "
-                "narrow the rule"
-            )
-
-
-def _check_roles_took_bytes(planned: list[PlannedTensor], policy: Policy) -> None:
-    for role in policy.required:
-        if all(item.format != policy.roles[role] for item in planned if item.role == role):
-            raise ConfigError(
-                f"{role}: {policy.roles[role]} took no bytes: no parameter of that role can be "
-                f"stored so in this model; remove the key {role!r}"
-            )

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from fastgpt import ops
-from fastgpt.checkpoint.container import Container, Metadata, write_container
+from fastgpt.checkpoint.container import Container, Metadata
+from fastgpt.checkpoint.writer import write_container
 from fastgpt.errors import CheckpointError, ConfigError
 from fastgpt.quant.policy import Parameter, Policy
 from fastgpt.quant.report import Report

@@ -153,14 +153,15 @@ def _grid(groups: Tensor, fmt: Format, ratio: float, *, clipped: bool = False) -
     """
     assert fmt.group_size is not None
     top = 2**fmt.bits - 1
+    # Divisors are tensors: CUDA multiplies by the reciprocal of a plain number, the CPU divides.
     if fmt.symmetric:
         middle = 2 ** (fmt.bits - 1)
         amax = groups.abs().amax(-1)
         steps = middle - 0.5 if clipped else middle - 1.0
-        scale = _fp16_scale(amax * ratio / steps, amax)
+        scale = _fp16_scale(amax * ratio / amax.new_tensor(steps), amax)
         return Grid(scale, torch.full_like(scale, middle), fmt.bits, fmt.group_size)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale = _fp16_scale((high - low) * ratio / top, high - low)
+    scale = _fp16_scale((high - low) * ratio / low.new_tensor(top), high - low)
     zero = torch.round(-low * ratio / scale).clamp(0, top)
     return Grid(scale, zero, fmt.bits, fmt.group_size)
 

@@ -24,9 +24,12 @@ from fastgpt.layers.moe import MixtureOfExperts
 from fastgpt.layers.norm import RmsNorm
 from fastgpt.layers.rotary import cos_sin_table
 from fastgpt.layers.weights import Source, WeightLoader
+from fastgpt.memory import GPTMemoryPool
 from fastgpt.models.decoder import load_head
 from fastgpt.models.model import Layer
 from fastgpt.models.spec import Family
+from fastgpt.quant.host import part_on_host
+from fastgpt.quant.ranges import ActivationRanges
 
 __all__ = ["HiddenStates", "InputStats"]
 
@@ -67,12 +70,15 @@ class InputStats:
         """Count the rows of x [tokens, cols]."""
         if x.shape[0] == 0:
             return
-        x = x.detach().float()
+        x = x.detach()
         total = self.held_out if held_out else self.fit
-        if self.is_full:
-            total.addmm_(x.T, x)
+        if not self.is_full:
+            total.add_(x.float().square().sum(0))
+        elif x.device.type == "cuda" and x.dtype != torch.float32:
+            # Tensor cores: products of 16-bit values are exact in float32, in which they add up.
+            total.add_(torch.mm(x.T, x, out_dtype=torch.float32))
         else:
-            total.add_(x.square().sum(0))
+            total.addmm_(x.float().T, x.float())
         self.amax = max(self.amax, float(x.abs().amax()))
         if held_out:
             self.num_held_out += x.shape[0]
@@ -89,16 +95,26 @@ class InputStats:
 
 
 class _Watched:
-    """A projection that shows its input before it runs."""
+    """A projection that shows its input before it runs, or both when it has."""
 
-    def __init__(self, inner: Projection, show: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self,
+        inner: Projection,
+        before: Callable[[Tensor], None] | None,
+        after: Callable[[Tensor, Tensor], None] | None,
+    ) -> None:
         self.inner = inner
-        self.show = show
+        self.before = before
+        self.after = after
         self.out_features = inner.out_features
 
     def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        self.show(x)
-        return self.inner(x, out=out)
+        if self.before is not None:
+            self.before(x)
+        y = self.inner(x, out=out)
+        if self.after is not None:
+            self.after(x, y)
+        return y
 
 
 class _WatchedNorm:
@@ -136,14 +152,20 @@ class _Watch:
 
 
 class _WatchingLoader(WeightLoader):
-    """Loads projections that show their inputs."""
+    """Loads projections that show their inputs, and their outputs' range."""
 
-    watch: _Watch
+    watch: _Watch | None
+    ranges: ActivationRanges | None
 
     def linear(self, joined_name: str, parts: Any, in_features: int, **options: Any) -> Any:
         inner = super().linear(joined_name, parts, in_features, **options)
         names = [f"{name}.weight" for name, _ in parts]
-        return _Watched(inner, lambda x: self.watch.show(names, x))
+        watch, ranges = self.watch, self.ranges
+        return _Watched(
+            inner,
+            None if watch is None else lambda x: watch.show(names, x),
+            None if ranges is None else lambda x, y: ranges.add(names, x, y),
+        )
 
 
 class HiddenStates:
@@ -156,6 +178,7 @@ class HiddenStates:
         sequences: token ids; every fourth is held out.
         device: where layers run.
         dtype: of activations.
+        pool: where a layer's weights lie while it runs; without one they come from torch.
     """
 
     def __init__(
@@ -166,11 +189,13 @@ class HiddenStates:
         sequences: Sequence[Sequence[int]],
         device: torch.device,
         dtype: torch.dtype,
+        pool: GPTMemoryPool | None = None,
     ) -> None:
         self.kind = kind
         self.config = config
         self.device = device
         self.dtype = dtype
+        self._pool = pool
         longest = max(len(ids) for ids in sequences)
         self._cos_sin = cos_sin_table(config.rope, longest).to(device)
         self._chunks = list(_chunks(sequences))
@@ -197,11 +222,23 @@ class HiddenStates:
         self._run(layer, norm, watch, keep=False)
         return watch.stats
 
-    def advance(self, i: int, source: Source, others: Sequence[HiddenStates] = ()) -> None:
-        """Move the states, and those of `others`, through layer i with the weights of `source`."""
-        layer, norm = self._load(i, source, None)
+    def advance(
+        self,
+        i: int,
+        source: Source,
+        others: Sequence[HiddenStates] = (),
+        ranges: ActivationRanges | None = None,
+    ) -> None:
+        """Move the states, and those of `others`, through layer i with the weights of `source`.
+
+        ranges: records what its linear layers read and write, and the states behind it.
+        """
+        layer, norm = self._load(i, source, None, ranges)
         for states in (self, *others):
             states._run(layer, norm, None, keep=True)
+        if ranges is not None:
+            for moved in self._states:
+                ranges.add([f"model.layers.{i}"], moved)
 
     def fork(self) -> HiddenStates:
         """Return the same states as an object of their own."""
@@ -247,11 +284,19 @@ class HiddenStates:
             lambda shape, dtype, name: torch.empty(shape, dtype=dtype, device=self.device),
         )
 
-    def _load(self, i: int, source: Source, watch: _Watch | None) -> tuple[Layer, RmsNorm]:
-        loader = self._loader(source, WeightLoader if watch is None else _WatchingLoader)
-        if watch is not None:
-            assert isinstance(loader, _WatchingLoader)
-            loader.watch = watch
+    def _load(
+        self,
+        i: int,
+        source: Source,
+        watch: _Watch | None,
+        ranges: ActivationRanges | None = None,
+    ) -> tuple[Layer, RmsNorm]:
+        is_watched = watch is not None or ranges is not None
+        loader = self._loader(source, _WatchingLoader if is_watched else WeightLoader)
+        if isinstance(loader, _WatchingLoader):
+            loader.watch, loader.ranges = watch, ranges
+        if (pool := self._pool) is not None:
+            loader.allocate = lambda shape, dtype, name: pool.allocate(shape, None, dtype)
         layer = self.kind.load_layer(self.config, i, loader, self._cos_sin, Workspace())
         name = f"model.layers.{i}"
         norm = loader.norm(
@@ -261,8 +306,8 @@ class HiddenStates:
             latent = f"{name}.self_attn.kv_b_proj.weight"
             watched: Any = _WatchedNorm(layer.attention.kv_norm, lambda x: watch.show([latent], x))
             layer.attention.kv_norm = watched
-        if watch is not None and isinstance(layer.feed_forward, MixtureOfExperts):
-            _watch_experts(layer.feed_forward, f"{name}.mlp.experts", watch)
+        if is_watched and isinstance(layer.feed_forward, MixtureOfExperts):
+            _watch_experts(layer.feed_forward, f"{name}.mlp.experts", watch, ranges)
         return layer, norm
 
     def _run(self, layer: Layer, norm: RmsNorm, watch: _Watch | None, *, keep: bool) -> None:
@@ -277,20 +322,26 @@ class HiddenStates:
             x = layer.post_norm.add(layer.attention(norm(residual), batch, cache), residual)
             residual += layer.feed_forward(x)
             if keep:
-                self._states[at] = residual.cpu()
+                self._states[at] = part_on_host(residual)
 
 
-def _watch_experts(experts: MixtureOfExperts, name: str, watch: _Watch) -> None:
-    """Show every expert the rows that are routed to it."""
+def _watch_experts(
+    experts: MixtureOfExperts, name: str, watch: _Watch | None, ranges: ActivationRanges | None
+) -> None:
+    """Show every expert the rows that are routed to it; ranges are of all experts together."""
 
     def product(x: Tensor, weight: Any, rows: Tensor, offsets: Tensor, per_token: int) -> Tensor:
         modules = ("gate_proj", "up_proj") if weight is experts.gate_up else ("down_proj",)
-        ends = offsets.tolist()
-        for e, (first, last) in enumerate(itertools.pairwise(ends)):
-            names = [f"{name}.{e}.{module}.weight" for module in modules]
-            if last > first:
-                watch.show(names, x[rows[first:last].long() // per_token])
-        return ops.grouped_linear(x, weight, rows, offsets, per_token)
+        if watch is not None:
+            ends = offsets.tolist()
+            for e, (first, last) in enumerate(itertools.pairwise(ends)):
+                names = [f"{name}.{e}.{module}.weight" for module in modules]
+                if last > first:
+                    watch.show(names, x[rows[first:last].long() // per_token])
+        y = ops.grouped_linear(x, weight, rows, offsets, per_token)
+        if ranges is not None:
+            ranges.add([f"{name}.*.{module}.weight" for module in modules], x, y)
+        return y
 
     experts.product = product
 

@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
+from fastgpt import _C
 from fastgpt.checkpoint.base import Checkpoint
-from fastgpt.checkpoint.container import Metadata, write_container
-from fastgpt.checkpoint.export import check_output, write_compressed_tensors
-from fastgpt.checkpoint.state_dict import StateDict
+from fastgpt.checkpoint.container import FORMAT_VERSION, Container, Metadata
+from fastgpt.checkpoint.writer import ContainerWriter
 from fastgpt.errors import ConfigError
-from fastgpt.models import load as load_model
-from fastgpt.quant.allocate import Budget, Unit, is_free, keep_sensitive, measure_units, solve
+from fastgpt.layers.weights import Source
+from fastgpt.memory import GPTMemoryPool
+from fastgpt.quant.allocate import Budget
 from fastgpt.quant.calibration import Calibration, token_sequences, tokens_sha256
+from fastgpt.quant.digest import DigestingCheckpoint
 from fastgpt.quant.evaluate import Evaluation
-from fastgpt.quant.family import PlannedTensor, Stored, plan_family, quantize_family
+from fastgpt.quant.family import Stored, quantize_family
 from fastgpt.quant.foreign import quantize_module
+from fastgpt.quant.journal import Journal, source_names_sha256
+from fastgpt.quant.model import QuantizedModel
+from fastgpt.quant.plan import PlannedTensor
+from fastgpt.quant.planner import Planner
 from fastgpt.quant.policy import Policy
+from fastgpt.quant.progress import Progress
+from fastgpt.quant.ranges import ActivationRanges
 from fastgpt.quant.report import Report
+from fastgpt.quant.run import check_room, header_room, named_errors, run_blocks, write_blocks
 from fastgpt.quant.search import is_searched
 from fastgpt.quant.sources import TextFiles, module_checkpoint, open_source, text_of_module
-from fastgpt.quant.verify import checkpoint_sha256
-from fastgpt.scheme import Format
 
 __all__ = ["QuantizedModel", "Quantizer"]
-
-_HEADER_BYTES_PER_TENSOR = 1000  # two parts with name, shape, offsets, sums; its choice
 
 
 @contextmanager
@@ -103,10 +112,6 @@ class Quantizer:
         self._device = None if device is None else torch.device(device)
         self._in_place = in_place
         self.certificate: dict[str, Any] = {}
-        self._plan: tuple[list[PlannedTensor], list[str]] | None = None
-        self._allocation: dict[str, Any] = {}
-        self._units: list[Unit] = []
-        self._max_loss: float | None = None
         self._tokens: tuple[list[list[int]], list[list[int]]] | None = None
         self._module: nn.Module | None = None
         self._checkpoint: Checkpoint | None
@@ -127,6 +132,14 @@ class Quantizer:
         else:
             kind = type(model_or_path).__name__
             raise ConfigError(f"model_or_path is a {kind}; expected an nn.Module or a path")
+        self._planner = Planner(
+            self._checkpoint,
+            self.policy,
+            self.budget,
+            keeps_sensitive=self._keeps_sensitive,
+            device=self._device,
+            calibration=lambda: self._calibration_tokens()[0],
+        )
         self._text = text if tokenizer is None else TextFiles.read(tokenizer)
         if tokenizer is not None and not self._text.generation_config:
             self._text = TextFiles(
@@ -145,7 +158,7 @@ class Quantizer:
         """
         if self._checkpoint is None:
             raise ConfigError("a foreign module has no plan; convert() it")
-        return self._planned()[0]
+        return self._planner.planned()
 
     def dry_run(self) -> Report:
         """Return a report of the sizes the file would have, without errors.
@@ -155,8 +168,9 @@ class Quantizer:
         if self._checkpoint is None:
             raise ConfigError("a foreign module has no plan; convert() it")
         report = Report()
-        planned, report.notes = self._planned()
-        report.allocation = self._allocation
+        planned = self._planner.planned()
+        report.notes = list(self._planner.notes)
+        report.allocation = self._planner.allocation
         for item in planned:
             stored = self._checkpoint.read(item.name)  # mapped, not touched
             report.add(
@@ -170,19 +184,28 @@ class Quantizer:
         return report
 
     @_one_torch_thread()
-    def convert(self, progress: bool = True) -> Any:
+    def convert(
+        self, progress: bool = True, *, resume: str | os.PathLike[str] | None = None
+    ) -> Any:
         """Return the quantized model: an nn.Module with `save(path)`; print its bytes by format.
 
         A model of a known family becomes a `QuantizedModel`. Any other module keeps its class and
         gains `save`; its linear layers are replaced, in a copy unless `in_place` was given.
 
         Args:
-            progress: show a progress bar on a terminal and print the report.
+            progress: show progress and print the report.
+            resume: a file: write it as `write(resume, resume=True)` does, and return the model in
+                it, mapped rather than held in memory. For a known family only.
 
         Raises:
             CheckpointError: a weight is missing, of a wrong shape, or holds NaN or infinity.
             ConfigError: a rule that matches nothing, or a value that does not fit its format.
         """
+        if resume is not None:
+            if self._checkpoint is None:
+                raise ConfigError("resume is for models of a known family; leave it out")
+            self.write(resume, progress, resume=True)
+            return QuantizedModel.of(Container(resume), self.report, self._header_bytes)
         self.report = Report()
         self.certificate = {}
         metadata = self._metadata()
@@ -197,182 +220,196 @@ class Quantizer:
                 device=self._device,
                 in_place=self._in_place,
             )
+            metadata.report = self.report.to_json()
         else:
-            tensors = {name: _owned(stored) for name, stored in self._tensors(progress)}
-            while not self._is_good_enough():
-                self._restart()
-                tensors = {name: _owned(stored) for name, stored in self._tensors(progress)}
-            result = QuantizedModel(tensors, metadata, self.report)
-        metadata.report = self.report.to_json()
-        metadata.certificate = self._certificate()
+            while True:
+                tensors = self._collect(progress)
+                if self._planner.is_met_by(self.certificate):
+                    break
+                self._planner.promote(self.certificate)
+            self._complete(metadata)
+            result = QuantizedModel(tensors, metadata, self.report, self._header_bytes)
         if progress:
             sys.stdout.write(f"{self.report}\n")
         return result
 
     @_one_torch_thread()
-    def write(self, path: str | os.PathLike[str], progress: bool = True) -> Report:
-        """Quantize straight into a file, one tensor in memory at a time; return the report.
+    def write(
+        self, path: str | os.PathLike[str], progress: bool = True, *, resume: bool = False
+    ) -> Report:
+        """Quantize straight into a file, one block in memory at a time; return the report.
 
-        The file is the one `convert().save(path)` writes.
+        The file is the one `convert().save(path)` writes; it replaces what is there. While the run
+        lasts, `.<name>.partial` and `.<name>.journal` stand beside it, and stay when it is killed.
+
+        Args:
+            path: the file.
+            progress: show progress and print the report.
+            resume: go on where a run into this file stopped, if one did. The result is the same,
+                byte for byte.
+
+        Raises:
+            CheckpointError: as in `convert`; or the file system refuses the file.
+            ConfigError: as in `convert`; or the run that stopped was another one.
         """
+        output = Path(path)
         if self._checkpoint is None:
-            self.convert(progress=progress).save(path)
+            with named_errors(output):
+                self.convert(progress=progress).save(path)
             return self.report
-        self.report = Report()
-        self.certificate = {}
-        metadata = self._metadata()
-
-        def tensors() -> Iterator[tuple[str, Stored]]:
-            yield from self._tensors(progress)
-            metadata.report = self.report.to_json()
-            metadata.certificate = self._certificate()
-
-        _write(path, tensors(), metadata, num_tensors=len(self.plan()))
-        while not self._is_good_enough():
-            self._restart()
-            _write(path, tensors(), metadata, num_tensors=len(self.plan()))
+        check_room(output, 0)
+        with named_errors(output):
+            journal = Journal(output, self._key(), resume=resume)
+            keep = True
+            try:
+                self._tokens = journal.tokens or self._tokens
+                if journal.plan is not None:
+                    self._planner.restore(journal.plan)
+                while not self._attempt(output, journal, progress):
+                    self._planner.promote(self.certificate)
+                    journal.set_plan(self._planner.to_json())
+                keep = False
+            finally:
+                journal.close(keep=keep and bool(journal.blocks))
         if progress:
             sys.stdout.write(f"{self.report}\n")
         return self.report
 
-    def _tensors(self, progress: bool) -> Iterator[tuple[str, Stored]]:
+    def _attempt(self, output: Path, journal: Journal, progress: bool) -> bool:
+        """Write the file by the present plan; return whether it meets the limits."""
         assert self._checkpoint is not None
-        planned, notes = self._planned()
-        self.report.notes += notes
-        self.report.allocation = self._allocation
-        sequences: list[list[int]] = []
-        evaluation: list[list[int]] = []
-        if any(item.format is not None and not item.format.is_plain for item in planned):
-            sequences, evaluation = self._calibration_tokens()
-        if not any(is_searched(item.format) for item in planned):
-            sequences = []
-        tensors = quantize_family(self._checkpoint, planned, self.report, self._device, sequences)
-        if evaluation:
-            measured = Evaluation(self._checkpoint, evaluation, self._device)
-            tensors = _then(measured.watch(tensors), lambda: self._certify(measured))
-        return _with_bar(tensors, len(planned)) if progress else tensors
-
-    def _planned(self) -> tuple[list[PlannedTensor], list[str]]:
-        """Return the plan with its notes, once solved the same in every run."""
-        assert self._checkpoint is not None
-        if self._plan is None:
-            planned, notes = plan_family(self._checkpoint, self.policy)
-            self._allocation = {}
-            if self.budget is not None or self._keeps_sensitive:
-                sequences, _ = self._calibration_tokens()
-                if not sequences:
-                    raise ConfigError(
-                        'a budget and sensitive="auto" need calibration data; leave calibration '
-                        "at 'self' or give some"
-                    )
-                free = [i.name for i in planned if is_free(i) and not self.policy.pins(i.name)]
-                units = measure_units(self._checkpoint, free, sequences, self._device)
-                if self._keeps_sensitive:
-                    planned, kept = keep_sensitive(planned, units)
-                    notes.append(f"sensitive, kept in fp16: {', '.join(kept) or 'none'}")
-                    units = [u for u in units if not set(u.names) & set(kept)]
-                if self.budget is not None:
-                    self._units, self._max_loss = units, self.budget.max_kl
-                    planned = self._allocate(planned, notes)
-            self._plan = planned, notes
-        return self._plan[0], list(self._plan[1])
-
-    def _allocate(self, planned: list[PlannedTensor], notes: list[str]) -> list[PlannedTensor]:
-        """Return the plan with the formats that fit the budget best."""
-        assert self._checkpoint is not None
-        assert self.budget is not None
-        chosen = {name for unit in self._units for name in unit.names}
-        read = self._checkpoint.read
-        fixed = 0
-        for item in planned:
-            if item.name in chosen:
-                continue
-            size = item.format.nbytes(item.shape) if item.format else read(item.name).nbytes
-            # A bias or router that absorbs a scale is stored in float32.
-            grows = item.format is None and item.role == "kept"
-            fixed += max(size, Format("fp32").nbytes(item.shape)) if grows else size
-        max_bytes = self.budget.bytes
-        if self.budget.bits_per_weight is not None:
-            count = sum(torch.Size(item.shape).numel() for item in planned)
-            max_bytes = int(self.budget.bits_per_weight * count / 8)
-        solution = solve(self._units, fixed, max_bytes=max_bytes, max_loss=self._max_loss)
-        formats = {
-            name: option.format
-            for unit, option in zip(self._units, solution.options, strict=True)
-            for name in unit.names
-        }
-        self._allocation = {
-            "bytes": solution.num_bytes,
-            "max_bytes": max_bytes,
-            "predicted_kl": solution.loss,
-            "frontier": [[size, loss] for size, loss in solution.frontier],
-            "units": [
-                {
-                    "names": list(unit.names),
-                    "options": [
-                        [str(o.format) if o.format else "kept", o.num_bytes, o.loss]
-                        for o in unit.options
-                    ],
-                }
-                for unit in self._units
-            ],
-        }
-        return [
-            replace(item, format=formats[item.name]) if item.name in formats else item
-            for item in planned
-        ]
-
-    def _is_good_enough(self) -> bool:
-        """Tell whether the measured figures meet the budget's limits, if it has any."""
-        limits = self.budget
-        if limits is None or (limits.max_kl is None and limits.min_top1 is None):
-            return True
-        if not self.certificate:
-            raise ConfigError(
-                "max_kl and min_top1 are checked by measuring, which needs calibration data kept "
-                "apart for it: give 10 sequences or more, or leave calibration at 'self'"
-            )
-        kl, top1 = self.certificate["kl_mean"], self.certificate["same_top1"]
-        return (limits.max_kl is None or kl <= limits.max_kl) and (
-            limits.min_top1 is None or top1 >= limits.min_top1
-        )
-
-    def _restart(self) -> None:
-        """Promote the weights that cost most, so that the next run loses less.
-
-        Raises:
-            ConfigError: a size limit forbids it, or everything is promoted already.
-        """
-        assert self.budget is not None
-        assert self._plan is not None
-        kl, top1 = self.certificate["kl_mean"], self.certificate["same_top1"]
-        found = f"KL mean {kl:.4g}, same top token {100 * top1:.2f} %"
-        if self.budget.max_kl is None:
-            raise ConfigError(f"min_top1 cannot be met within the size budget: {found}")
-        before, notes = self._plan
-        loss = self._allocation["predicted_kl"]
-        if not loss > 0:
-            raise ConfigError(f"the limits cannot be met even with the weights kept: {found}")
-        self._max_loss = 0.7 * loss * min(1.0, self.budget.max_kl / max(kl, 1e-30))
-        after = self._allocate(before, notes)
-        if after == before:  # the next smaller choice, whatever it gains
-            self._max_loss = 0.0
-            after = self._allocate(before, notes)
-        names = [a.name for a, b in zip(after, before, strict=True) if a.format != b.format]
-        notes.append(f"promoted to meet the limits ({found}): {', '.join(names)}")
-        self._plan = after, notes
         self.report = Report()
+        self.certificate = {}
+        planned = self._planner.planned()
+        self._data(planned)
+        if journal.tokens is None and self._tokens is not None:
+            journal.set_tokens(*self._tokens)
+        if journal.plan is None:
+            journal.set_plan(self._planner.to_json())
+        expected: dict[str, str] = {}
+        for block in journal.blocks:
+            self.report.restore(block.report)
+            expected.update(block.source)
+        metadata = self._metadata()
+        check_room(output, self._stored_bytes(planned) if not journal.blocks else 0)
+        source = DigestingCheckpoint(self._checkpoint, expected)
+        writer = ContainerWriter(
+            output,
+            header_bytes=self._header_bytes,
+            body=journal.body,
+            blocks=[block.written for block in journal.blocks],
+        )
+        finished = frozenset(n for block in journal.blocks for n in block.report)
+        try:
+            tensors = self._tensors(
+                source, lambda n: writer.read(n) if n in finished else None, writer.read
+            )
+            with Progress(planned, self._device, progress) as shown:
+                write_blocks(writer, journal, source, tensors, planned, self.report, shown)
+            if not self._planner.is_met_by(self.certificate):
+                return False
+            self._complete(metadata, source)
+            writer.finish(metadata)
+            return True
+        finally:
+            writer.close(keep=bool(journal.blocks))
 
-    def _certificate(self) -> dict[str, Any]:
-        """Return what the file says of its origin and of the model's answers."""
-        if self._checkpoint is None:
-            return {}
-        return {**self.certificate, "source_sha256": checkpoint_sha256(self._checkpoint)}
+    def _collect(self, progress: bool) -> dict[str, Stored]:
+        """Return all tensors by the present plan."""
+        assert self._checkpoint is not None
+        self.report = Report()
+        self.certificate = {}
+        planned = self._planner.planned()
+        tensors: dict[str, Stored] = {}
+        with Progress(planned, self._device, progress) as shown:
+            run_blocks(
+                self._tensors(self._checkpoint),
+                planned,
+                lambda name, stored: tensors.update({name: _owned(stored)}),
+                lambda items: shown.advance(items, self.report.tensors),
+            )
+        return tensors
 
-    def _certify(self, measured: Evaluation) -> None:
-        self.certificate = measured.figures
-        figures = {k: v for k, v in measured.figures.items() if k != "evaluation_tokens"}
-        self.report.quality = figures
+    def _tensors(
+        self,
+        source: Checkpoint,
+        finished: Callable[[str], Stored | None] = lambda name: None,
+        read_back: Source | None = None,
+    ) -> Iterator[tuple[str, Stored]]:
+        """Yield every tensor; behind the last, report and certificate are complete."""
+        assert self._checkpoint is not None
+        planned = self._planner.planned()
+        self.report.notes = list(self._planner.notes)
+        self.report.allocation = self._planner.allocation
+        sequences, evaluation = self._data(planned)
+        ranges = ActivationRanges()
+        pool = GPTMemoryPool(self._device or "cpu")
+        tensors = quantize_family(
+            source,
+            planned,
+            self.report,
+            self._device,
+            sequences,
+            pool=pool,
+            finished=finished,
+            ranges=ranges,
+        )
+        if evaluation:
+            measured = Evaluation(self._checkpoint, evaluation, self._device, ranges, pool)
+            yield from measured.watch(tensors, read_back)
+            self.certificate = measured.figures
+            self.report.quality = {
+                k: v for k, v in measured.figures.items() if k != "evaluation_tokens"
+            }
+        else:
+            yield from tensors
+        self.report.ranges = ranges.to_json()
+
+    def _data(self, planned: list[PlannedTensor]) -> tuple[list[list[int]], list[list[int]]]:
+        """Return the tokens to search codes with and to measure with; none where none are read."""
+        is_plain = all(item.format is None or item.format.is_plain for item in planned)
+        if is_plain and not self._planner.has_limits:
+            return [], []
+        sequences, evaluation = self._calibration_tokens()
+        is_used = any(is_searched(item.format) for item in planned)
+        return sequences if is_used else [], evaluation
+
+    @property
+    def _header_bytes(self) -> int:
+        """Room for the header, the same in every run."""
+        planned = self._planner.planned()
+        num_tokens = sum(map(len, self._tokens[1])) if self._tokens else 0
+        num_options = sum(len(u["options"]) for u in self._planner.allocation.get("units", []))
+        return header_room(self._metadata(), planned, num_tokens, num_options)
+
+    def _complete(self, metadata: Metadata, source: DigestingCheckpoint | None = None) -> None:
+        """Put report and certificate into the metadata."""
+        assert self._checkpoint is not None
+        source = source or DigestingCheckpoint(self._checkpoint)
+        metadata.report = self.report.to_json()
+        metadata.certificate = {**self.certificate, "source_sha256": source.sha256()}
+        metadata.fp16_overflows = self.report.ranges.get("fp16_overflows", {})
+
+    def _key(self) -> dict[str, Any]:
+        """Return what decides the bytes of the file."""
+        assert self._checkpoint is not None
+        on = self._device or torch.device("cpu")
+        return {
+            # Names alone: values are compared as they are read.
+            "source": source_names_sha256(self._checkpoint),
+            "policy": self.policy.to_json(),
+            "sensitive": "auto" if self._keeps_sensitive else None,
+            "budget": None if self.budget is None else asdict(self.budget),
+            "calibration": self.calibration.key(),
+            "text": hashlib.sha256(msgspec.json.encode(asdict(self._text))).hexdigest(),
+            "device": str(torch.cuda.get_device_name(on)) if on.type == "cuda" else _C.cpu_isa(),
+            "version": [FORMAT_VERSION, _version(), torch.__version__],
+        }
+
+    def _stored_bytes(self, planned: list[PlannedTensor]) -> int:
+        assert self._checkpoint is not None
+        read = self._checkpoint.read
+        return sum(i.format.nbytes(i.shape) if i.format else read(i.name).nbytes for i in planned)
 
     def _calibration_tokens(self) -> tuple[list[list[int]], list[list[int]]]:
         """Return the tokens to quantize and to measure with, the same in every run."""
@@ -407,106 +444,16 @@ class Quantizer:
         )
 
 
-class QuantizedModel(nn.Module):
-    """A quantized model of a known family, in memory.
-
-    forward: input_ids [batch, tokens] int64 -> logits [batch, tokens, vocab] float32. The first
-    call arranges the weights for the kernels of its device; `save` needs none of that.
-
-    Attributes:
-        checkpoint: the stored tensors by name, with configuration and tokenizer.
-        metadata: what the file will say.
-        report: bytes by role and format, and errors.
-    """
-
-    def __init__(self, tensors: dict[str, Stored], metadata: Metadata, report: Report) -> None:
-        super().__init__()
-        self.metadata = metadata
-        self.report = report
-        self.checkpoint = StateDict(metadata.model_config, tensors)
-        self.checkpoint.tokenizer_json = metadata.tokenizer_json
-        self.checkpoint.tokenizer_config = metadata.tokenizer_config
-        self.checkpoint.chat_template = metadata.chat_template
-        self.checkpoint.generation_config = metadata.generation_config
-        self._tensors = tensors
-        self._model: nn.Module | None = None
-        self._device: torch.device | None = None
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the logits of every position."""
-        if self._model is None or self._device != input_ids.device:
-            self._device = input_ids.device
-            self._model = load_model(self.checkpoint, device=input_ids.device)
-        logits: torch.Tensor = self._model(input_ids)
-        return logits
-
-    def save(self, path: str | os.PathLike[str], *, format: str = "fastgpt") -> None:
-        """Write the model to a file that `fastgpt.load` and `fastgpt-server` open.
-
-        Args:
-            path: the file, or with "compressed-tensors" a new directory.
-            format: "fastgpt", or "compressed-tensors" for transformers and vLLM, without
-                certificate and report.
-
-        Raises:
-            UnsupportedFormat: a weight that compressed-tensors cannot express, by name.
-        """
-        check_output(path, format)
-        if format == "compressed-tensors":
-            write_compressed_tensors(path, self._tensors.items(), self.metadata)
-            return
-        _write(path, self._tensors.items(), self.metadata, num_tensors=len(self._tensors))
-
-
-def _write(
-    path: str | os.PathLike[str],
-    tensors: Iterable[tuple[str, Stored]],
-    metadata: Metadata,
-    *,
-    num_tensors: int,
-) -> None:
-    # Room for the header saves writing a large file twice; a small one is copied and stays tight.
-    text_bytes = len((metadata.tokenizer_json or "").encode()) * 2
-    reserve = text_bytes + num_tensors * _HEADER_BYTES_PER_TENSOR + 65536
-    write_container(path, tensors, metadata, header_bytes=reserve if num_tensors > 512 else 0)
-
-
-def _then(
-    tensors: Iterator[tuple[str, Stored]], action: Callable[[], None]
-) -> Iterator[tuple[str, Stored]]:
-    """Yield the same, then act."""
-    yield from tensors
-    action()
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fastgpt-optimizer")
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"
 
 
 def _owned(stored: Stored) -> Stored:
-    """Return `stored` in memory of its own where it is a view of a source that may change."""
-    return stored.clone() if isinstance(stored, torch.Tensor) else stored
-
-
-def _with_bar(tensors: Iterator[tuple[str, Stored]], total: int) -> Iterator[tuple[str, Stored]]:
-    """Yield the same, with a progress bar on standard error while it is a terminal."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("quantizing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=total)
-        for name, stored in tensors:
-            bar.update(task, advance=1, description=name)
-            yield name, stored
+    """Return `stored` in pageable memory of its own: not in a source that may change."""
+    if isinstance(stored, torch.Tensor):
+        return torch.empty_like(stored, pin_memory=False).copy_(stored)
+    parts = {k: part.clone() if part.is_pinned() else part for k, part in stored.parts.items()}
+    return replace(stored, parts=parts)

@@ -1,6 +1,6 @@
 """Round one tensor to its stored form: round-to-nearest, no data needed.
 
-On the CPU the native ops do fp8, int8 and int4, three to five times as fast; `round_in_torch` gives
+The native ops do fp8, int8 and int4, on the CPU three to five times as fast; `round_in_torch` gives
 the same bits on any device, and is what they are tested against.
 """
 
@@ -41,7 +41,7 @@ def round_tensor(weight: torch.Tensor, fmt: Format, name: str) -> torch.Tensor |
     if fmt.is_plain:
         return _to_plain(weight, fmt, name)
     fmt.parts(tuple(weight.shape))  # refuses a rank the format cannot store
-    if weight.device.type == "cpu" and fmt.name in {"fp8", "int8", "int4"} and fmt.scale != "block":
+    if fmt.name in {"fp8", "int8", "int4"} and fmt.scale != "block":
         return _round_native(weight.contiguous(), fmt, name)
     return round_in_torch(weight, fmt, name)
 
@@ -76,7 +76,7 @@ def _round_groups(x: torch.Tensor, fmt: Format, name: str) -> QuantizedTensor:
 
 
 def _round_native(weight: torch.Tensor, fmt: Format, name: str) -> QuantizedTensor:
-    """Return the stored form of finite CPU weights [..., n, k], computed by the native ops."""
+    """Return the stored form of finite weights [..., n, k], computed by the native ops."""
     shape = tuple(weight.shape)
     rows = weight.reshape(-1, shape[-1])
     try:
@@ -92,6 +92,8 @@ def _round_native(weight: torch.Tensor, fmt: Format, name: str) -> QuantizedTens
             parts = {"packed": packed, "scale": scale}
             if zero_point is not None:
                 parts["zero_point"] = zero_point
+            if weight.device.type != "cpu" and not bool(torch.isfinite(scale).all()):
+                raise InvalidArgument("a scale is not finite")  # a kernel cannot refuse
     except InvalidArgument as error:  # values are finite, so a scale left fp16's range
         raise ConfigError(
             f"{name}: {error}; its largest value {float(weight.abs().amax()):.6g} needs an int4 "
@@ -254,13 +256,13 @@ def _sign_code(group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 def _positive_scale(amax: torch.Tensor, largest: float) -> torch.Tensor:
     """Return amax / largest, or 1 where every value is zero or the quotient underflows."""
-    scale = amax / largest
+    scale = amax / amax.new_tensor(largest)  # CUDA multiplies by the reciprocal of a plain number
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _fp16_scale(amax: torch.Tensor, steps: float) -> torch.Tensor:
     """Return amax / steps in fp16: 1 where all values are zero, never 0, never infinite."""
-    scale = (amax / steps).to(torch.float16)
+    scale = (amax / amax.new_tensor(steps)).to(torch.float16)
     if not bool(torch.isfinite(scale).all()):
         raise ConfigError(
             f"its largest value {float(amax.amax()):.6g} needs an int4 scale above fp16's range; "

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 
 import torch
 
 from fastgpt.checkpoint import Container, open_checkpoint
-from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.checkpoint.container import part_sha256
 from fastgpt.errors import CheckpointError
 from fastgpt.quant.calibration import tokens_sha256
+from fastgpt.quant.digest import checkpoint_sha256
 from fastgpt.quant.evaluate import Evaluation, stored_nll
 from fastgpt.scheme import QuantizedTensor
 
-__all__ = ["checkpoint_sha256", "verify"]
+__all__ = ["verify"]
 
 # Of figures measured again: kernels of another device add up in another order.
 _NLL_TOLERANCE = 0.005
 _KL_TOLERANCE = 0.1
-
-
-def checkpoint_sha256(checkpoint: Checkpoint) -> str:
-    """Return one hash of all weights: of each one's name, type, shape and bytes, by name."""
-    whole = hashlib.sha256()
-    for name in checkpoint.names():
-        stored = checkpoint.read(name)
-        parts = stored.parts if isinstance(stored, QuantizedTensor) else {"": stored}
-        for suffix, part in sorted(parts.items()):
-            digest = part_sha256(part.detach().cpu().contiguous())
-            whole.update(f"{name}|{suffix}|{part.dtype}|{list(part.shape)}|{digest}\n".encode())
-    return whole.hexdigest()
 
 
 def verify(

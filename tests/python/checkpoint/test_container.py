@@ -14,7 +14,8 @@ import torch
 import xxhash
 
 from fastgpt.checkpoint import container
-from fastgpt.checkpoint.container import Container, Metadata, write_container
+from fastgpt.checkpoint.container import Container, Metadata
+from fastgpt.checkpoint.writer import write_container
 from fastgpt.errors import CheckpointError
 from fastgpt.quant.rounding import round_tensor
 from fastgpt.scheme import Format, QuantizedTensor
@@ -334,5 +335,6 @@ def test_metadata_fields_are_the_documented_ones():
         "generation_config",
         "report",
         "certificate",
+        "fp16_overflows",
     ]
     assert container.FORMAT_VERSION == 1

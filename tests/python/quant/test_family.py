@@ -9,7 +9,8 @@ import torch
 from fastgpt.checkpoint import StateDict
 from fastgpt.checkpoint.experts import split_names
 from fastgpt.errors import CheckpointError, ConfigError
-from fastgpt.quant.family import plan_family, quantize_family
+from fastgpt.quant.family import quantize_family
+from fastgpt.quant.plan import plan_family
 from fastgpt.quant.policy import Policy
 from fastgpt.quant.report import Report
 from fastgpt.quant.rounding import round_tensor

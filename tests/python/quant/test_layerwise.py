@@ -10,7 +10,8 @@ from fastgpt.checkpoint import StateDict
 from fastgpt.errors import ConfigError
 from fastgpt.quant import Calibration, Quantizer, layerwise
 from fastgpt.quant.calibration import token_sequences
-from fastgpt.quant.family import _LayerSearch, plan_family, quantize_family
+from fastgpt.quant.family import _LayerSearch, quantize_family
+from fastgpt.quant.plan import plan_family
 from fastgpt.quant.policy import Policy
 from fastgpt.quant.report import Report
 from fastgpt.quant.transforms import hadamard

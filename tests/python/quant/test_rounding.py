@@ -69,6 +69,36 @@ def test_rounding_native_and_torch_give_the_same_bits(value, shape, dtype):
         assert torch.equal(part, torch_only.parts[suffix]), suffix
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "value",
+    [
+        "fp8",
+        FP8_BLOCK,
+        "int4",
+        INT4_ASYM,
+        {"format": "int3", "symmetric": False},
+        {"format": "int2"},
+    ],
+)
+@pytest.mark.parametrize("shape", [*SHAPES, (1030, 4097)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_on_cuda_gives_the_bits_of_the_cpu(value, shape, dtype):
+    """By the native op and by torch, which divides by a plain number otherwise than the CPU."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    fmt = Format.parse(value)
+    expected = round_in_torch(x, fmt, "x")
+    for rounded in (round_tensor(x.cuda(), fmt, "x"), round_in_torch(x.cuda(), fmt, "x")):
+        for suffix, part in rounded.parts.items():
+            assert torch.equal(part.cpu(), expected.parts[suffix]), suffix
+
+
+@pytest.mark.gpu
+def test_int4_on_cuda_refuses_a_scale_that_does_not_fit():
+    with pytest.raises(ConfigError, match=r"w: .*above fp16's range"):
+        round_tensor(torch.full((2, 128), 6e5, device="cuda"), Format.parse("int4"), "w")
+
+
 def test_fp8_rounds_every_half_value_as_ml_dtypes():
     """Ties, subnormals, saturation: all finite fp16 values within e4m3's range, scale one."""
     x = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fastgpt.checkpoint import Container, write_container
+from fastgpt.checkpoint.container import stored_name
+from fastgpt.checkpoint.safetensors import SafetensorsFile
+from fastgpt.cli.main import app
 from fastgpt.errors import CheckpointError
 from fastgpt.quant import Calibration, Quantizer
 from fastgpt.quant.verify import verify
@@ -111,6 +115,30 @@ def test_verify_finds_a_claim_that_does_not_hold(made, tmp_path):
         write_container(tmp_path / "m.pt", tensors, metadata)
         with pytest.raises(CheckpointError, match=message):
             list(verify(tmp_path / "m.pt", directory))
+
+
+def test_cli_verify_names_the_tensor_of_a_flipped_byte_or_scale(made, tmp_path):
+    """Every stored part of a few tensors: the first byte, the last, and one in the middle."""
+    _, _, path = made
+    container = Container(path)
+    file = SafetensorsFile(path)
+    raw = path.read_bytes()
+    kinds = {}
+    for name, record in container.metadata.tensors.items():
+        kinds.setdefault((record.format["format"], tuple(record.parts)), name)
+    assert len(kinds) > 3
+    damaged = tmp_path / "damaged.pt"
+    for name in kinds.values():
+        for suffix in container.metadata.tensors[name].parts:
+            stored = stored_name(name, suffix)
+            entry = file.entries[stored]
+            for at in {entry.start, (entry.start + entry.end) // 2, entry.end - 1}:
+                copy = bytearray(raw)
+                copy[at] ^= 0x10
+                damaged.write_bytes(copy)
+                done = CliRunner().invoke(app, ["verify", str(damaged)])
+                assert done.exit_code == 1
+                assert f"the bytes of {stored!r} do not match" in done.stderr
 
 
 def test_cli_verify_and_inspect(made):
