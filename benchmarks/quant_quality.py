@@ -30,7 +30,8 @@ from fastgpt.quant import Budget, Calibration, Policy
 from fastgpt.quant.allocate import is_free, measure_units, solve
 from fastgpt.quant.calibration import token_sequences
 from fastgpt.quant.evaluate import Evaluation
-from fastgpt.quant.family import plan_family, quantize_family
+from fastgpt.quant.family import quantize_family
+from fastgpt.quant.plan import plan_family
 from fastgpt.quant.report import Report
 from fastgpt.scheme import Format
 

@@ -1,5 +1,7 @@
 """Models of public shapes with random weights: speed does not depend on what the weights say."""
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from fastgpt.models import registry
 from fastgpt.models.spec import ParamSpec
 from fastgpt.scheme import Format, QuantizedTensor
 
-__all__ = ["POLICIES", "SHAPES", "RandomCheckpoint"]
+__all__ = ["POLICIES", "SHAPES", "RandomCheckpoint", "write_checkpoint"]
 
 
 def _qwen2(
@@ -35,8 +37,20 @@ def _qwen2(
     }
 
 
+def _llama3(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        **_qwen2(hidden, ffn, layers, heads, 8, 128256),
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    }
+
+
 # config.json fields of the published checkpoints.
 SHAPES: dict[str, dict[str, Any]] = {
+    "r1-llama-8b": _llama3(4096, 14336, 32, 32),
+    "r1-llama-70b": _llama3(8192, 28672, 80, 64),
     "r1-qwen-1.5b": _qwen2(1536, 8960, 28, 12, 2, 151936),
     "r1-qwen-7b": _qwen2(3584, 18944, 28, 28, 4, 152064),
     "r1-qwen-14b": _qwen2(5120, 13824, 48, 40, 8, 152064),
@@ -130,3 +144,59 @@ class RandomCheckpoint(Checkpoint):
 
     def _random_bytes(self, count: int) -> Tensor:
         return self._noise.repeat(-(-count // self._noise.numel()))[:count].clone()
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any], device: torch.device) -> int:
+    """Write a Hugging Face directory of random bf16 weights, a shard per layer; return its bytes.
+
+    Weights are Gaussian with a standard deviation of cols^-0.5, gains are near 1. Values are drawn
+    on `device` and written by a few threads.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    family = registry.family(config)
+    shards: dict[str, dict[str, ParamSpec]] = {}
+    for spec in family.roles(family.parse_config(config)):
+        parts = spec.name.split(".")
+        place = parts[2] if parts[1] == "layers" else "io"
+        shards.setdefault(f"model-{place}.safetensors", {})[spec.name] = spec
+    generator = torch.Generator(device).manual_seed(0)
+    weight_map, num_bytes = {}, 0
+    with ThreadPoolExecutor(4) as threads:
+        writing = []
+        for shard, specs in shards.items():
+            entries, at = {}, 0
+            for name, spec in specs.items():
+                size = 2 * torch.Size(spec.shape).numel()
+                entries[name] = {
+                    "dtype": "BF16",
+                    "shape": list(spec.shape),
+                    "data_offsets": [at, at + size],
+                }
+                at += size
+                weight_map[name] = shard
+            head = json.dumps(entries).encode()
+            head = head.ljust(-(-len(head) // 64) * 64 - 8 + 64)
+            values = []
+            for spec in specs.values():
+                drawn = torch.randn(
+                    spec.shape, dtype=torch.bfloat16, device=device, generator=generator
+                )
+                scale = 0.05 if len(spec.shape) == 1 else spec.shape[-1] ** -0.5
+                values.append(drawn.mul_(scale).add_(1.0 if len(spec.shape) == 1 else 0.0).cpu())
+            writing.append(threads.submit(_write_shard, folder / shard, head, values))
+            if len(writing) > 4:
+                writing.pop(0).result()
+            num_bytes += at
+        for future in writing:
+            future.result()
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    return num_bytes
+
+
+def _write_shard(path: Path, head: bytes, values: list[Tensor]) -> None:
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for value in values:
+            file.write(value.view(-1).view(torch.uint8).numpy().data)
