@@ -105,7 +105,7 @@ def _weight(format: str, num_experts: int | None = None) -> ops.ArrangedWeight:
 
 
 def _linear(format: str) -> None:
-    for num_rows in (1, 5, 33):
+    for num_rows in (1, 5, 33, 100, 300):  # every kernel and tile of CUDA
         ops.linear(_rand(num_rows, HIDDEN), _weight(format), _rand(ROWS))
 
 

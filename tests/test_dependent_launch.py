@@ -48,7 +48,7 @@ def kernels() -> list[tuple[str, str, str]]:
 
 
 KERNELS = kernels()
-READS_AHEAD = {"decode_kernel"}  # of csrc/gemm: fills its rings with weights, then waits
+READS_AHEAD = {"decode_kernel", "hopper_kernel"}  # of csrc/gemm: ask for weights, then wait
 
 
 def test_every_family_is_seen() -> None:
@@ -87,6 +87,23 @@ def test_products_wait_between_weights_and_activations() -> None:
     assert "store_product" in after
     returns = re.findall(r"[^;{}]*\breturn\b[^;]*", ahead)
     assert [" ".join(r.split()) for r in returns] == ["if (tile.count <= 0) return"]
+
+
+def test_products_of_many_rows_wait_before_activations() -> None:
+    """The copying warp asks for weights, then waits; the others wait before anything else."""
+    text = code_of(CSRC / "gemm/hopper.cuh")
+    run = body_at(text, text.index("{", text.index("void run(const device::Dependent")))
+    ahead = run[: run.index("dependent.wait()")]
+    assert run.count("dependent.wait()") == 1
+    assert "fetch_weight(" in ahead
+    assert "copy_box" not in ahead
+    fetch = body_at(text, text.index("{", text.index("void fetch_weight(")))
+    for touched in ("args_.x", "p_.x", "p_.bias", "p_.out"):
+        assert touched not in fetch, f"{touched} stands before the wait"
+    kernel = next(b for n, _, b in KERNELS if n == "hopper_kernel")
+    roles = kernel[kernel.index("if (warp >= 8)") :]
+    assert re.match(r"if \(warp >= 8\) \{[^{}]*if \(warp > 8\) \{\s*dependent\.wait\(\);", roles)
+    assert re.search(r"take_registers<\d+>\(\);\s*dependent\.wait\(\);", roles)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")

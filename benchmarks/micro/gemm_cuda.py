@@ -148,7 +148,7 @@ def check_linear(check: Checker, small: bool) -> None:
     row_counts = [1, 3, 8, 9, 33, 70]
     if not small:
         shapes += [(1, 128), (272, 1024), (1543, 384), (96, 4232), (2304, 256)]
-        row_counts += [2, 16, 17, 64, 65, 131]
+        row_counts += [2, 16, 17, 64, 65, 127, 131, 257]
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     for n, k in shapes:
         for name, make in MAKERS.items():
@@ -365,12 +365,80 @@ def time_products(read_tbps: float) -> Iterator[dict]:
             torch.cuda.empty_cache()
 
 
+MANY_ROWS = (48, 64, 128, 256, 512, 1024, 2048, 4096)
+SHAPES = [
+    ("7b gate_up", 37888, 3584), ("7b down", 3584, 18944), ("7b qkv", 4608, 3584),
+    ("7b o", 3584, 3584), ("1.5b gate_up", 17920, 1536), ("1.5b down", 1536, 8960),
+    ("1.5b qkv", 2048, 1536), ("1.5b o", 1536, 1536),
+]  # fmt: skip
+
+
+def canonical_weight(name: str, n: int, k: int) -> tuple:
+    """What the dequantizer of a format takes: random codes and scales."""
+    if name == "bf16":
+        return ()
+    if name == "fp8":
+        codes = torch.randint(0, 126, (n, k), device=DEV, dtype=torch.uint8)
+        return codes, torch.rand(n, device=DEV)
+    codes = torch.randint(0, 256, (n, k // 2), device=DEV, dtype=torch.uint8)
+    return codes, torch.rand(n, k // 128, device=DEV).half(), None, 128
+
+
+def multiply_torch(name: str, codes: tuple, dense: Tensor, x: Tensor, out: Tensor) -> None:
+    if codes:
+        getattr(OPS, f"dequantize_{name}")(*codes, dense)
+    torch.mm(x, dense.T, out=out)
+
+
+def time_many_rows() -> Iterator[dict]:
+    """Products of many rows beside torch's: bf16, or dequantization to bf16 and then bf16."""
+    for label, n, k in SHAPES:
+        copies = max(2, min(8, ceil_div(4 * L2_BYTES, 2 * n * k)))
+        dense = [torch.randn(n, k, device=DEV, dtype=torch.bfloat16) for _ in range(copies)]
+        for name in ("bf16", "fp8", "int4"):
+            weights = [random_weight(name, n, k)[0] for _ in range(copies)]
+            pairs = [(canonical_weight(name, n, k), d) for d in dense]
+            for rows in MANY_ROWS:
+                x = torch.randn(rows, k, device=DEV, dtype=torch.bfloat16)
+                out = torch.empty(rows, n, device=DEV, dtype=torch.bfloat16)
+
+                # Theirs before and after ours: the clock of a warm GPU falls.
+                theirs = [partial(multiply_torch, name, c, d, x, out) for c, d in pairs]
+                before = median_us(theirs)
+                ours = median_us([partial(op("linear", name), x, *w, None, out) for w in weights])
+                torch_us = min(before, median_us(theirs))
+                yield {
+                    "shape": label, "n": n, "k": k, "format": name, "rows": rows,
+                    "us": round(ours, 2), "torch_us": round(torch_us, 2),
+                    "tflops": round(2e-6 * rows * n * k / ours, 1),
+                    "speedup": round(torch_us / ours, 3),
+                }  # fmt: skip
+            del weights, pairs
+        del dense
+        torch.cuda.empty_cache()
+
+
+def print_many_rows(rows: list[dict]) -> None:
+    print("us (torch's time over ours): torch is bf16, or dequantization to bf16 and then bf16")
+    print(f"{'shape':13}{'format':7}" + "".join(f"{r:>15}" for r in MANY_ROWS))
+    for label, *_ in SHAPES:
+        for name in ("bf16", "fp8", "int4"):
+            mine = [r for r in rows if r["shape"] == label and r["format"] == name]
+            cells = "".join(f"{r['us']:9.1f} {r['speedup']:5.2f}" for r in mine)
+            print(f"{label:13}{name:7}{cells}")
+    slower = [f"{r['shape']} {r['format']} {r['rows']} ({r['speedup']})" for r in rows
+              if r["speedup"] < 1]  # fmt: skip
+    print(f"slower than torch: {', '.join(slower) or 'none'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", default=str(ROOT / "fastgpt/_ops.so"))
     parser.add_argument("--core", help="libfastgpt.so to load instead of the one beside --library")
     parser.add_argument("--small", action="store_true", help="few small shapes, as for a sanitizer")
     parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument("--only-many-rows", action="store_true", help="time nothing else")
+    parser.add_argument("--no-check", action="store_true", help="time only")
     args = parser.parse_args()
     if args.core:
         ctypes.CDLL(args.core, mode=ctypes.RTLD_GLOBAL)
@@ -379,12 +447,13 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
     check = Checker()
-    check_quantizers(check)
-    check_linear(check, args.small)
-    check_grouped(check, args.small)
-    check_batched(check, args.small)
-    if not args.small:
-        check_capture(check)
+    if not args.no_check:
+        check_quantizers(check)
+        check_linear(check, args.small)
+        check_grouped(check, args.small)
+        check_batched(check, args.small)
+        if not args.small:
+            check_capture(check)
     torch.cuda.synchronize()
     print(f"correctness: {check.count} cases, {len(check.failures)} failed", end="; ")
     print(f"worst error over its bound {check.worst:.2f}")
@@ -393,7 +462,8 @@ def main() -> None:
         raise SystemExit(bool(check.failures))
 
     read_tbps = streaming_read()
-    rows = list(time_products(read_tbps))
+    rows = [] if args.only_many_rows else list(time_products(read_tbps))
+    many = list(time_many_rows())
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
@@ -405,6 +475,7 @@ def main() -> None:
             f"{r['shape']:13}{r['format']:7}{r['rows']:5}{r['us']:9.1f}{r['limit']:7.2f}"
             f"{r['tflops']:7.0f}{r.get('torch_us', ''):>9}"
         )
+    print_many_rows(many)
     print(
         json.dumps(
             {
@@ -412,6 +483,7 @@ def main() -> None:
                 "cases": check.count,
                 "read_tbps": read_tbps,
                 "times": rows,
+                "many": many,
             }
         )
     )

@@ -23,7 +23,8 @@ struct ProductArgs {
   DType bias_dtype;
   DType out_dtype;
   bool x_aligned;       // rows of x can be read 16 bytes at a time
-  bool weight_aligned;  // so can rows of a dense weight
+  bool out_aligned;     // so can rows of out be written
+  bool weight_aligned;  // and rows of a dense weight be read
   bool block_scale;     // fp8: one scale per 128 x 128
   int group_size;       // int4: 32, 64 or 128 after arranging
   std::int64_t num_rows;
@@ -57,11 +58,11 @@ struct RowTile {
 /// CTAs past the last tile get count 0. Every warp of the CTA computes the same answer by a scan
 /// over the experts, 32 at a time.
 template <int kRows>
-__device__ RowTile row_tile(const ProductArgs& p, std::int64_t index) {
+__device__ RowTile row_tile(const ProductArgs& p, std::int64_t index, int head) {
   if (p.sorted_rows == nullptr) {
     const std::int64_t first = index * kRows;
     const std::int64_t left = p.num_rows - first;
-    return {first, int(left < kRows ? left : kRows), int(blockIdx.z)};
+    return {first, int(left < kRows ? left : kRows), head};
   }
   const int lane = int(threadIdx.x % 32);
   std::int64_t before = 0;  // tiles of the experts already passed
@@ -94,6 +95,12 @@ __device__ RowTile row_tile(const ProductArgs& p, std::int64_t index) {
     before += __shfl_sync(~0U, upto, 31);
   }
   return {0, 0, 0};
+}
+
+/// The same for the head that blockIdx.z names.
+template <int kRows>
+__device__ RowTile row_tile(const ProductArgs& p, std::int64_t index) {
+  return row_tile<kRows>(p, index, int(blockIdx.z));
 }
 
 /// Offset in elements of the x row and of the out row of a position.

@@ -1,3 +1,4 @@
+#include "device/hopper.cuh"
 #include "gemm/kernels.h"
 #include "gemm/layout.cuh"
 #include "gemm/products.cuh"
@@ -32,15 +33,41 @@ void set_weight(ProductArgs& args, const WeightView& weight, bool stacked) {
   if (weight.zero_point) args.zero_batch_bytes = weight.zero_point.stride(0);
 }
 
+/// Rows of x from which on the kernel for Hopper is taken where its code runs.
+constexpr std::int64_t kHopperRows = 33;
+
+bool takes_hopper(const ProductArgs& p, WeightFormat format, int num_batches) {
+  if (format == WeightFormat::kDense && (!p.weight_aligned || p.weight_dtype != p.x_dtype)) {
+    return false;
+  }
+  // Rows of experts lie apart and heads are small: they stay with tiled.cuh. TMA refuses a stride
+  // of 0, a row that stands for many.
+  return p.sorted_rows == nullptr && num_batches == 1 && p.num_rows >= kHopperRows && p.k > 0 &&
+         p.x_aligned && p.x_stride > 0 && device::hopper_traits().has_wgmma;
+}
+
 // Tensor cores multiply 16-bit x; what they cannot take goes to the CUDA cores.
 void product(ProductArgs& args, WeightFormat format, int num_batches, cudaStream_t stream) {
   args.x_aligned = aligned_16(args.x, args.x_stride * dtype_bytes(args.x_dtype)) &&
                    args.x_batch_stride * dtype_bytes(args.x_dtype) % 16 == 0;
+  const std::int64_t out_bytes = dtype_bytes(args.out_dtype);
+  args.out_aligned = aligned_16(args.out, args.out_stride * out_bytes) &&
+                     args.out_batch_stride * out_bytes % 16 == 0;
   args.weight_aligned = aligned_16(args.packed, args.weight_row_bytes) && args.k % 8 == 0 &&
                         args.weight_batch_bytes % 16 == 0;
   const device::Traits& traits = device::current_traits();
   if (traits.arch < 80 || !is_half(args.x_dtype)) {
     return simt_product(args, format, num_batches, stream);
+  }
+  if (takes_hopper(args, format, num_batches)) {
+    switch (format) {
+      case WeightFormat::kInt4:
+        return hopper_int4_product(args, num_batches, traits, stream);
+      case WeightFormat::kFp8:
+        return hopper_fp8_product(args, num_batches, traits, stream);
+      case WeightFormat::kDense:
+        return hopper_dense_product(args, num_batches, traits, stream);
+    }
   }
   switch (format) {
     case WeightFormat::kInt4:

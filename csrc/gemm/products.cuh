@@ -17,4 +17,12 @@ void dense_product(const ProductArgs& args, int num_batches, const device::Trait
 void mixed_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
                    cudaStream_t stream);
 
+// The same for many rows on Hopper. Preconditions: takes_hopper (linear_cuda.cu).
+void hopper_int4_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
+                         cudaStream_t stream);
+void hopper_fp8_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
+                        cudaStream_t stream);
+void hopper_dense_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
+                          cudaStream_t stream);
+
 }  // namespace fastgpt::gemm

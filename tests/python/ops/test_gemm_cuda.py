@@ -11,8 +11,8 @@ from fastgpt.ops import quant
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-# Rows: one and few (streaming, one and two tiles of x), streaming in two passes, tiles.
-ROWS = [1, 7, 16, 31, 150]
+# Rows: one and few (streaming, one and two tiles of x), two passes of it, tiles of 64 and up.
+ROWS = [1, 7, 16, 31, 33, 65, 150, 257]
 SHAPES = [(1, 128), (130, 200), (4352, 264)]
 
 
@@ -75,6 +75,53 @@ def test_linear_cuda_matches_float64(
         worst = ((out.double() - want).abs() / size).max().item()
         assert worst <= 2e-5, f"{rows} rows: error {worst:.2e} of the terms' size"
         assert bool(wide[:, n:].isnan().all())
+
+
+@pytest.mark.parametrize("rows", [33, 127, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", ["same", "fp8", "fp8_block", "int4_32_asym", "int4_128"])
+def test_linear_cuda_takes_strided_rows_and_writes_column_slices(
+    format: str, dtype: torch.dtype, rows: int
+) -> None:
+    """x and out are slices of wider tensors, aligned to 16 bytes or not; out is wide or x's."""
+    n, k = 328, 712
+    if format == "same":
+        format = "bf16" if dtype == torch.bfloat16 else "fp16"
+    arranged, values = quantized(format, torch.randn(n, k, device=DEVICE))
+    half_ulp = 2.0 ** (-9 if dtype == torch.bfloat16 else -12)
+    for pad, offset in ((8, 8), (3, 1)):
+        x = torch.randn(rows, k + pad + offset, device=DEVICE).to(dtype)[:, offset : offset + k]
+        want = x.double() @ values.T
+        size = x.double().abs() @ values.abs().T
+        for out_dtype in (dtype, torch.float32):
+            wide = torch.full((rows, n + pad + offset), float("nan"), device=DEVICE).to(out_dtype)
+            out = ops.linear(x, arranged, out=wide[:, offset : offset + n])
+            # Half a unit of the last place where out is rounded to 16 bits, the smallest float16.
+            rounding = want.abs() * half_ulp + 6e-8 if out_dtype == dtype else 0.0
+            excess = ((out.double() - want).abs() - rounding) / size
+            assert not bool(out.isnan().any())
+            assert excess.max().item() <= 2e-5
+            assert bool(wide[:, :offset].isnan().all() and wide[:, offset + n :].isnan().all())
+
+
+@pytest.mark.parametrize("rows", [1, 40, 200])
+def test_linear_cuda_sums_groups_of_any_scale(rows: int) -> None:
+    """Scales of 0 and scales 2^24 apart: a sum kept in units of a scale must survive both."""
+    n, k, group_size = 130, 768, 128
+    groups = k // group_size
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=DEVICE)
+    exponents = torch.randint(-14, 11, (n, groups), device=DEVICE)
+    scale = torch.where(
+        torch.rand(n, groups, device=DEVICE) < 0.3, 0.0, torch.exp2(exponents.double())
+    ).half()
+    scale[0] = 0
+    arranged = ops.arrange(packed, scale, format="int4", in_features=k, group_size=group_size)
+    values = quant.dequantize_int4(packed, scale, None, group_size=group_size, cols=k).double()
+    x = torch.randn(rows, k, device=DEVICE).bfloat16()
+    out = ops.linear(x, arranged, dtype=torch.float32)
+    size = x.double().abs() @ values.abs().T
+    error = (out.double() - x.double() @ values.T).abs()
+    assert bool((error <= 2e-5 * size).all()), (error / size).nan_to_num().max().item()
 
 
 def test_arrange_cuda_refuses_odd_group_sizes() -> None:

@@ -1,0 +1,187 @@
+// Asynchronous copies of whole tiles (TMA), the barriers they signal, and CTAs of one cluster.
+// Code for compute capability 9.0 and newer; nothing below.
+#pragma once
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device/ptx.cuh"
+
+namespace fastgpt::device {
+
+/// A barrier in shared memory: a phase ends when `count` arrivals and all announced bytes are in.
+/// PTX ISA 9.7.13.15.
+__device__ inline void barrier_init(std::uint64_t* barrier, unsigned count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count)
+               : "memory");
+}
+
+/// After barrier_init, before other CTAs and the copy engine use the barriers.
+__device__ inline void barrier_init_fence() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+/// Arrive once and announce bytes that copies will bring in this phase.
+__device__ inline void barrier_expect(std::uint64_t* barrier, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
+__device__ inline void barrier_arrive(std::uint64_t* barrier, unsigned count) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(count)
+               : "memory");
+#endif
+}
+
+/// Arrive at the same barrier of CTA `rank` of the cluster. It orders no memory of this thread
+/// beyond the CTA (release.cluster costs a microsecond): finished products and copies need no more.
+__device__ inline void barrier_arrive_at(std::uint64_t* barrier, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+      "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(smem_address(barrier)),
+      "r"(rank)
+      : "memory");
+#endif
+}
+
+/// Wait for the end of the phase with this parity; a new barrier counts as one with parity 1 ended.
+__device__ inline void barrier_wait(std::uint64_t* barrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
+      "@!done bra again;}" ::"r"(smem_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+/// Copy the box of a tensor at coordinates (column, row, batch) to shared memory; what lies outside
+/// the tensor arrives as zeros. PTX ISA 9.7.9.27.1.2.
+__device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint64_t* barrier,
+                                int column, int row, int batch) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(smem_address(target)),
+      "l"(&map), "r"(smem_address(barrier)), "r"(column), "r"(row), "r"(batch)
+      : "memory");
+#endif
+}
+
+/// The same to the same place of every CTA in `ranks`; each one's own barrier counts the bytes.
+__device__ inline void copy_box_to(void* target, const CUtensorMap& map, std::uint64_t* barrier,
+                                   int column, int row, int batch, unsigned ranks) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem_address(target)),
+      "l"(&map), "r"(smem_address(barrier)), "r"(column), "r"(row), "r"(batch),
+      "h"(std::uint16_t(ranks))
+      : "memory");
+#endif
+}
+
+/// Copy contiguous bytes, a multiple of 16 with both ends aligned to 16. PTX ISA 9.7.9.25.5.2.
+__device__ inline void copy_bulk(void* target, const void* source, unsigned bytes,
+                                 std::uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(smem_address(target)),
+      "l"(source), "r"(bytes), "r"(smem_address(barrier))
+      : "memory");
+#endif
+}
+
+/// Fetch a tensor map ahead of its first use.
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
+}
+
+/// Order this thread's plain accesses to shared memory before copies that other instructions start.
+/// PTX ISA 9.7.13.4, fence.proxy.async.
+__device__ inline void fence_async_proxy() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/// Barrier kBarrier of a CTA, 1 .. 15, among `threads` of its threads. PTX ISA 9.7.13.1.
+template <int kBarrier>
+__device__ inline void named_barrier(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+
+/// CTAs of this one's cluster, its rank among them, and a barrier among all their threads.
+__device__ inline unsigned cluster_size() {
+  unsigned size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+__device__ inline unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+__device__ inline void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+/// The same without the order of memory, which costs about a microsecond.
+__device__ inline void cluster_sync_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::
+                   : "memory");
+#endif
+}
+
+/// Four floats at the address that `pointer` has here, from shared memory of CTA `rank`.
+__device__ inline float4 load_cluster(const float* pointer, unsigned rank) {
+  float4 value{};
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5; "
+      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];}"
+      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+      : "r"(smem_address(pointer)), "r"(rank)
+      : "memory");
+#endif
+  return value;
+}
+
+/// Store four 8 x 8 tiles of 16-bit values transposed: lane 8 i + j names the address of column j
+/// of tile i, register i holds tile i as a product leaves it. PTX ISA 9.7.14.5.16.
+__device__ inline void store_matrix_x4_transposed(void* address, const std::uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                   smem_address(address)),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
+
+/// Host: map of a tensor of 16-bit values [batches][rows][columns], copied in boxes of 64 columns
+/// by `box_rows` rows under 128-byte swizzling. Strides in bytes; they and `data` are multiples
+/// of 16.
+/// @param is_float16 float16 values, else bfloat16.
+CUtensorMap tensor_map(const void* data, bool is_float16, std::int64_t batches, std::int64_t rows,
+                       std::int64_t columns, std::int64_t batch_stride, std::int64_t row_stride,
+                       int box_rows);
+
+}  // namespace fastgpt::device
