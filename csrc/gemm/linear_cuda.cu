@@ -37,6 +37,7 @@ void set_weight(ProductArgs& args, const WeightView& weight, bool stacked) {
 constexpr std::int64_t kHopperRows = 33;
 
 bool takes_hopper(const ProductArgs& p, WeightFormat format, int num_batches) {
+  if (format == WeightFormat::kInt8) return false;  // has no operands there yet
   if (format == WeightFormat::kDense && (!p.weight_aligned || p.weight_dtype != p.x_dtype)) {
     return false;
   }
@@ -67,6 +68,8 @@ void product(ProductArgs& args, WeightFormat format, int num_batches, cudaStream
         return hopper_fp8_product(args, num_batches, traits, stream);
       case WeightFormat::kDense:
         return hopper_dense_product(args, num_batches, traits, stream);
+      case WeightFormat::kInt8:
+        break;
     }
   }
   switch (format) {
