@@ -51,6 +51,9 @@ def random_weight(n: int, k: int, form: str) -> ops.ArrangedWeight:
         packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
         scale = torch.full((n, k // 128), 0.01, dtype=torch.float16)
         return ops.arrange(packed, scale, format=form, in_features=k, group_size=128)
+    if form == "int8":
+        codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        return ops.arrange(codes, torch.ones(n), format=form)
     if form == "fp8":
         codes = torch.randint(0, 120, (n, k), dtype=torch.uint8)
         return ops.arrange(codes, torch.ones(n), format=form)
@@ -92,7 +95,7 @@ def compare_with_torch(repeat: int) -> dict[str, object]:
     print("shape format, rows: ours / eager torch bf16, ms")
     for name, (n, k) in SHAPES.items():
         dense = [torch.randn(n, k).bfloat16() for _ in range(4)]
-        for form in ("bf16", "fp16", "fp8", "int4"):
+        for form in ("bf16", "fp16", "fp8", "int8", "int4"):
             copies = [random_weight(n, k, form) for _ in range(4)]
             for rows in (1, 16, 256):
                 x = torch.randn(rows, k).bfloat16()

@@ -43,6 +43,10 @@ ASYMMETRIC = {"format": "int4", "symmetric": False, "group_size": 64}
 # Row -> (policy, the article's precision loss in percent).
 ROWS: dict[str, tuple[Any, str]] = {
     "fp8 attention": ({**KEPT, "attention_weights": "fp8"}, "0.3"),
+    "int8 matrices": (
+        {**KEPT, "attention_weights": "int8", "residual_connections": "int8"},
+        "",
+    ),
     "int4 residual branch": ({**KEPT, "residual_connections": "int4"}, "1.1"),
     "binary norms": ({**KEPT, "norm_params": "binary"}, "2.7"),
     "binary norms, naive": ({**KEPT, "norm_params": NAIVE}, ""),

@@ -80,19 +80,6 @@ __device__ inline void mma_16x8x8_tf32(float (&d)[4], const std::uint32_t (&a)[4
 #endif
 }
 
-/// d += a * b for one 16 x 8 tile over 32 columns of int8. A register holds four columns: a rows g,
-/// g + 8, g, g + 8 at columns 4t (first two) and 4t + 16, b its column g at rows 4t and 4t + 16.
-/// PTX ISA 9.7.14.5.10, mma.m16n8k32.
-__device__ inline void mma_16x8x32_s8(int (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                      std::uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
 /// (value & mask) | bits in one instruction. PTX ISA 9.7.8.6, lop3.
 template <std::uint32_t kMask, std::uint32_t kBits>
 __device__ inline std::uint32_t and_or(std::uint32_t value) {

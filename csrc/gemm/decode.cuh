@@ -50,7 +50,9 @@ int decode_shared_bytes(std::int64_t k, int num_warps) {
   return num_warps * std::max(ring, sums);
 }
 
-template <WeightFormat kFormat, class W, class X, int kTilesN, int kTilesX>
+// kPlain: int4 with one group a block and no zero points, whose branches would stand between the
+// instructions that hide each other's latency.
+template <WeightFormat kFormat, class W, class X, int kTilesN, int kTilesX, bool kPlain>
 __global__ void __launch_bounds__(32 * kDecodeMaxWarps)
     decode_kernel(const __grid_constant__ device::Dependent<ProductArgs> dependent) {
 #if __CUDA_ARCH__ >= 800
@@ -80,8 +82,8 @@ __global__ void __launch_bounds__(32 * kDecodeMaxWarps)
   std::uint8_t* const stages_end = stages + ring * Stage::kTotalBytes;
 
   const auto* scale = static_cast<const std::uint8_t*>(p.scale) + tile.weight * p.scale_batch_bytes;
-  const bool has_zero = kInt4 && p.zero_point != nullptr;
-  const int groups = kInt4 ? kBlockCols / p.group_size : 1;  // of one block
+  const bool has_zero = kInt4 && !kPlain && p.zero_point != nullptr;
+  const int groups = kInt4 && !kPlain ? kBlockCols / p.group_size : 1;  // of one block
 
   // Where this lane's next pieces come from; the pointers advance by a fixed step, because at one
   // row a weight may cost four instructions in all. Tiles behind the last row read the first tile
@@ -285,7 +287,10 @@ inline int decode_num_warps(std::int64_t num_ctas, std::int64_t num_blocks, int 
 
 template <WeightFormat kFormat, class W, class X, int kTilesN, int kTilesX>
 void launch_decode(const ProductArgs& p, int num_batches, int num_sms, cudaStream_t stream) {
-  const auto kernel = decode_kernel<kFormat, W, X, kTilesN, kTilesX>;
+  constexpr bool kInt4 = kFormat == WeightFormat::kInt4;
+  const bool plain = kInt4 && p.group_size == kBlockCols && p.zero_point == nullptr;
+  const auto kernel = plain ? decode_kernel<kFormat, W, X, kTilesN, kTilesX, kInt4>
+                            : decode_kernel<kFormat, W, X, kTilesN, kTilesX, false>;
   const dim3 grid(unsigned(num_row_tiles(p, 8 * kTilesX)), unsigned(ceil_div(p.n, 16 * kTilesN)),
                   unsigned(num_batches));
   const int warps = decode_num_warps(std::int64_t(grid.x) * grid.y * grid.z,
