@@ -349,6 +349,8 @@ def codec_cases(n: int, k: int, dtype: torch.dtype) -> list[Case]:
     int4, int4_scale, _ = ops.quantize_int4(x, group_size=128)
     gains = randn(k).abs() + 0.1
     binary = ops.quantize_binary(gains)
+    left, spread = randn(128, n), torch.eye(128, device=device) + randn(128, 128).triu(1) / 32
+    gptq_scale, gptq_zero = torch.full_like(left, 0.1), torch.full_like(left, 8.0)
 
     def eager_fp8() -> Tensor:
         scale = x.float().abs().amax(1, keepdim=True) / 448
@@ -367,6 +369,14 @@ def codec_cases(n: int, k: int, dtype: torch.dtype) -> list[Case]:
     def eager_from_int4() -> Tensor:
         codes = torch.stack([int4 & 15, int4 >> 4], -1).view(n, -1, 128)
         return ((codes.float() - 8) * int4_scale.float().unsqueeze(-1)).to(dtype)
+
+    def eager_gptq() -> Tensor:
+        rest, errors = left.clone(), torch.empty_like(left)
+        for i in range(len(left)):
+            codes = ((rest[i] / gptq_scale[i]).round() + gptq_zero[i]).clamp(0, 15)
+            errors[i] = (rest[i] - (codes - gptq_zero[i]) * gptq_scale[i]) / spread[i, i]
+            rest[i + 1 :].addr_(spread[i, i + 1 :], errors[i], alpha=-1)
+        return errors
 
     def eager_binary() -> Tensor:
         groups = gains.view(-1, 128)
@@ -395,6 +405,10 @@ def codec_cases(n: int, k: int, dtype: torch.dtype) -> list[Case]:
         "dequantize_int4": (
             lambda: ops.dequantize_int4(int4, int4_scale, group_size=128, cols=k, dtype=dtype),
             eager_from_int4,
+        ),
+        "gptq_round": (
+            lambda: ops.gptq_round(left, gptq_scale, gptq_zero, spread, 15),
+            eager_gptq,
         ),
         "quantize_binary": (lambda: ops.quantize_binary(gains), eager_binary),
         "dequantize_binary": (lambda: ops.dequantize_binary(*binary, numel=k), eager_from_binary),
