@@ -245,7 +245,15 @@ class _LayerSearch:
                 index, read_before, wanted, _gram_limit(items, wanted)
             )
             quantize_layer(work, self._norm_sites(items), self.kind.value_heads(self.config))
-        return {item.name: self._store(item, sources[item.name], work, before) for item in items}
+        stored = {i.name: self._store(i, sources[i.name], work, before) for i in items}
+        # What is stored as it was placed lies where the next layer comes.
+        placed = {value.data_ptr() for value in before.values()}
+        return {
+            name: value.clone()
+            if isinstance(value, torch.Tensor) and value.data_ptr() in placed
+            else value
+            for name, value in stored.items()
+        }
 
     def _placed(self, value: torch.Tensor, name: str) -> torch.Tensor:
         """Return a weight as float32 on the device, in memory that every layer uses anew."""
@@ -301,8 +309,6 @@ class _LayerSearch:
         fmt = item.format or _kept_format(source, item)
         result = round_tensor(value, fmt, item.name)
         _count(self.report, item, source, result, value)
-        if isinstance(result, torch.Tensor) and result.data_ptr() == value.data_ptr():
-            return result.clone()  # the next layer comes into this memory
         return result
 
 
