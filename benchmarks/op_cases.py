@@ -51,14 +51,34 @@ def _batch() -> dict[str, Tensor | int]:
     }
 
 
+def _prefill_batch() -> dict[str, Tensor | int]:
+    """Return a chunk of 53 queries over 131 keys, a decode over 18, and a whole prompt of 10."""
+    return {
+        "block_tables": _ints(
+            [[4, 1, 3, 0, 5, 6, 7, 8, 9], [2, *[0] * 8], [10, *[0] * 8]], torch.int32
+        ),
+        "cu_seqlens_q": _ints([0, 53, 54, 64], torch.int32),
+        "seq_lens": _ints([131, 18, 10], torch.int32),
+        "max_seqlen_q": 53,
+        "max_seq_len": 144,
+    }
+
+
 def _attention() -> None:
     cache = _rand(5, 2, BLOCK_SIZE, 2, 64)
     ops.attention(_rand(NUM_TOKENS, 6, 64), cache, scale=0.125, **_batch())
+    for dim_qk, dim_v in ((64, 64), (128, 128), (192, 128), (256, 256)):
+        cache = _rand(12, 2, BLOCK_SIZE, 2, dim_qk)
+        ops.attention(
+            _rand(64, 6, dim_qk), cache, scale=0.125, head_dim_v=dim_v, **_prefill_batch()
+        )
 
 
 def _mla_attention() -> None:
     cache = _rand(5, BLOCK_SIZE, 576)
     ops.mla_attention(_rand(NUM_TOKENS, 3, 576), cache, scale=0.07, **_batch())
+    cache = _rand(12, BLOCK_SIZE, 576)
+    ops.mla_attention(_rand(64, 3, 576), cache, scale=0.07, **_prefill_batch())
 
 
 def _write_kv() -> None:

@@ -219,6 +219,22 @@ def rotated(
     return [make() for _ in range(int(min(32, max(4, 150e6 // max(num_bytes, 1) + 1))))]
 
 
+def sdpa_calls(tokens: int, heads: tuple[int, int, int, int]) -> list[Callable[[], object]]:
+    """Causal attention of one prompt by eager torch over contiguous keys and values."""
+    num_heads, num_kv_heads, dim_qk, dim_v = heads
+
+    def make() -> Callable[[], object]:
+        shapes = ((num_heads, dim_qk), (num_kv_heads, dim_qk), (num_kv_heads, dim_v))
+        q, k, v = (
+            torch.randn(1, count, tokens, dim, device=DEVICE).bfloat16() for count, dim in shapes
+        )
+        return lambda: torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=num_heads != num_kv_heads
+        )
+
+    return rotated(make, 2.0 * tokens * num_kv_heads * (dim_qk + dim_v))
+
+
 def attention_rows() -> list[tuple[str, float, float, str]]:
     rows = []
     bf16 = torch.bfloat16
@@ -249,7 +265,12 @@ def attention_rows() -> list[tuple[str, float, float, str]]:
         measure(f"decode {count}x{keys}", [(1, keys)] * count, heads, f"FA3 {peer}")
     measure("decode 1x256 (1.5b)", [(1, 256)], (12, 2, 128, 128), "")
     for tokens, peer in ((256, ""), (1024, "30.6"), (4096, "202"), (16384, "2972")):
-        measure(f"prefill {tokens}", [(tokens, tokens)], heads, f"FA3 {peer}" if peer else "")
+        torch_us = time_us(sdpa_calls(tokens, heads))
+        measure(f"prefill {tokens}", [(tokens, tokens)], heads,
+                f"SDPA {torch_us:.1f}" + (f", FA3 {peer}" if peer else ""))  # fmt: skip
+    for other in ((12, 2, 128, 128), (32, 8, 64, 64), (16, 16, 192, 128), (8, 2, 256, 256)):
+        measure(f"prefill 4096 {other}", [(4096, 4096)], other,
+                f"SDPA {time_us(sdpa_calls(4096, other)):.1f}")  # fmt: skip
     for count, num, peer in ((1, 128, "25.7"), (32, 128, "84.3"), (128, 128, "267"),
                              (32, 16, "57.1"), (128, 16, "162")):  # fmt: skip
         measure(f"mla {num} heads {count}x4096", [(1, 4096)] * count, (num, 1, 576, 512),

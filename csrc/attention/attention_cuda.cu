@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kGqaCtas = 3;               // CTAs that share a multiprocessor: 64 KiB each
 constexpr int kMlaCtas = 2;               // 82 KiB each
+constexpr int kMlaWgmmaRows = 64;         // of a CTA that has a multiprocessor to itself
 constexpr std::int64_t kMaxWaves = 4;     // more splits than this only feed combine_splits
 constexpr std::int64_t kMinKeys = 128;    // per split of the longest sequence
 constexpr std::int64_t kSetupKeys = 128;  // what starting and ending a CTA costs, in keys
@@ -61,6 +62,7 @@ PagedArgs common_args(const Params& p) {
   args.q_token_stride = p.q.stride(0);
   args.q_head_stride = p.q.stride(1);
   args.kv = p.kv_cache.data;
+  args.num_blocks = p.kv_cache.size(0);
   args.block_stride = p.kv_cache.stride(0);
   args.block_tables = p.block_tables.template as<int>();
   args.table_stride = p.block_tables.stride(0);
@@ -111,7 +113,11 @@ void attention_cuda(const AttentionParams& p, const Stream& stream) {
   if (args.max_seqlen_q > kMaxDecodeTokens) {
     // One request needs no second launch for the short ones.
     args.min_q_len = args.num_reqs == 1 ? 0 : kMaxDecodeTokens + 1;
-    launch_prefill(args, p.q.dtype, stream);
+    if (has_wgmma_prefill(args)) {
+      launch_prefill_wgmma(args, p.q.dtype, stream);
+    } else {
+      launch_prefill(args, p.q.dtype, stream);
+    }
     if (args.num_reqs == 1) return;
   }
   const std::int64_t tokens = std::min(args.max_seqlen_q, kMaxDecodeTokens);
@@ -133,9 +139,18 @@ void mla_attention_cuda(const MlaAttentionParams& p, const Stream& stream) {
     return launch_fma(args, p.q.dtype, p.kv_cache.dtype, stream);
   }
   const std::int64_t tokens = std::min(args.max_seqlen_q, kMaxDecodeTokens);
-  const std::int64_t row_tiles = (tokens * args.num_heads + kRowsPerCta - 1) / kRowsPerCta;
-  plan_splits(args, p.workspace, row_tiles * args.num_reqs, kMlaCtas, p.max_seq_len, stream);
-  launch_mla(args, p.q.dtype, stream);
+  // From a quarter of its rows on, the 64-row CTA is the faster one.
+  const bool by_wgmma =
+      args.max_seqlen_q * args.num_heads >= kMlaWgmmaRows / 4 && has_wgmma_mla(args);
+  const std::int64_t cta_rows = by_wgmma ? kMlaWgmmaRows : kRowsPerCta;
+  const std::int64_t row_tiles = (tokens * args.num_heads + cta_rows - 1) / cta_rows;
+  plan_splits(args, p.workspace, row_tiles * args.num_reqs, by_wgmma ? 1 : kMlaCtas, p.max_seq_len,
+              stream);
+  if (by_wgmma) {
+    launch_mla_wgmma(args, p.q.dtype, stream);
+  } else {
+    launch_mla(args, p.q.dtype, stream);
+  }
   if (args.num_splits > 1) launch_combine(args, p.q.dtype, stream);
 }
 

@@ -21,6 +21,7 @@ struct PagedArgs {
   std::int64_t q_token_stride;
   std::int64_t q_head_stride;
   const void* kv;
+  std::int64_t num_blocks;
   std::int64_t block_stride;
   std::int64_t value_offset;  // from a key row to its value row
   std::int64_t slot_stride;
@@ -52,6 +53,14 @@ struct PagedArgs {
 void launch_prefill(const PagedArgs& args, DType dtype, const Stream& stream);
 void launch_decode(const PagedArgs& args, DType dtype, const Stream& stream);
 void launch_mla(const PagedArgs& args, DType dtype, const Stream& stream);
+
+/// The same by Hopper's warp-group products and bulk copies, where has_wgmma_prefill and _mla: the
+/// loaded code is sm_90a's, and a block of the cache can be cut into boxes for the copy engine.
+bool has_wgmma_prefill(const PagedArgs& args);
+bool has_wgmma_mla(const PagedArgs& args);
+void launch_prefill_wgmma(const PagedArgs& args, DType dtype, const Stream& stream);
+void launch_mla_wgmma(const PagedArgs& args, DType dtype, const Stream& stream);
+
 void launch_combine(const PagedArgs& args, DType dtype, const Stream& stream);
 
 /// Any float dtypes and alignment, by plain multiplications: float32, and what tensor cores cannot.

@@ -4,6 +4,7 @@
 
 #include "attention/cuda_kernels.h"
 #include "device/mma.cuh"
+#include "device/ptx.cuh"
 
 namespace fastgpt::attention {
 
@@ -105,13 +106,13 @@ struct SoftmaxRows {
       top = fmaxf(top, __shfl_xor_sync(~0U, top, 2));
       // A row without keys so far keeps -inf; 0 in its place avoids inf - inf.
       const float base = top == -INFINITY ? 0.0F : top * scale_log2;
-      factor[r] = exp2f(maximum[r] * scale_log2 - base);
+      factor[r] = device::exp2_approximate(maximum[r] * scale_log2 - base);
       maximum[r] = top;
       float part = 0.0F;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        s[n][2 * r] = exp2f(fmaf(s[n][2 * r], scale_log2, -base));
-        s[n][2 * r + 1] = exp2f(fmaf(s[n][2 * r + 1], scale_log2, -base));
+        s[n][2 * r] = device::exp2_approximate(fmaf(s[n][2 * r], scale_log2, -base));
+        s[n][2 * r + 1] = device::exp2_approximate(fmaf(s[n][2 * r + 1], scale_log2, -base));
         part += s[n][2 * r] + s[n][2 * r + 1];
       }
       sum[r] = sum[r] * factor[r] + part;  // this thread's columns alone, until finish()

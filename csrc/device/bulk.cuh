@@ -76,6 +76,19 @@ __device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint6
 #endif
 }
 
+/// The same with five coordinates, the innermost first.
+__device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint64_t* barrier,
+                                const int (&at)[5]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem_address(target)),
+      "l"(&map), "r"(smem_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]),
+      "r"(at[4])
+      : "memory");
+#endif
+}
+
 /// The same to the same place of every CTA in `ranks`; each one's own barrier counts the bytes.
 __device__ inline void copy_box_to(void* target, const CUtensorMap& map, std::uint64_t* barrier,
                                    int column, int row, int batch, unsigned ranks) {
@@ -120,6 +133,14 @@ __device__ inline void fence_async_proxy() {
 template <int kBarrier>
 __device__ inline void named_barrier(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+
+/// The same for a number that differs between warps, and to arrive there without waiting.
+__device__ inline void named_barrier(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ inline void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 /// CTAs of this one's cluster, its rank among them, and a barrier among all their threads.
@@ -183,5 +204,10 @@ __device__ inline void store_matrix_x4_transposed(void* address, const std::uint
 CUtensorMap tensor_map(const void* data, bool is_float16, std::int64_t batches, std::int64_t rows,
                        std::int64_t columns, std::int64_t batch_stride, std::int64_t row_stride,
                        int box_rows);
+
+/// The same of a tensor of five dimensions, the innermost (contiguous) first; boxes are 64 columns
+/// by `box_rows` of the second. Strides in bytes, of dimensions 1 to 4.
+CUtensorMap tensor_map(const void* data, bool is_float16, const std::int64_t (&sizes)[5],
+                       const std::int64_t (&strides)[4], int box_rows);
 
 }  // namespace fastgpt::device

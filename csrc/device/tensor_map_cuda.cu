@@ -47,4 +47,27 @@ CUtensorMap tensor_map(const void* data, bool is_float16, std::int64_t batches, 
   return map;
 }
 
+CUtensorMap tensor_map(const void* data, bool is_float16, const std::int64_t (&sizes)[5],
+                       const std::int64_t (&strides)[4], int box_rows) {
+  cuuint64_t extents[5];
+  cuuint64_t steps_bytes[4];
+  for (int i = 0; i < 5; ++i) extents[i] = cuuint64_t(sizes[i]);
+  for (int i = 0; i < 4; ++i) steps_bytes[i] = sizes[i + 1] == 1 ? 16 : cuuint64_t(strides[i]);
+  const cuuint32_t box[5] = {64, cuuint32_t(box_rows), 1, 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
+  CUtensorMap map{};
+  const CUresult status = encode_function()(
+      &map, is_float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
+      const_cast<void*>(data), extents, steps_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    detail::fail<DeviceError>(__FILE__, __LINE__, "cuTensorMapEncodeTiled failed: CUresult ",
+                              int(status), " for sizes ", sizes[0], ", ", sizes[1], ", ", sizes[2],
+                              ", ", sizes[3], ", ", sizes[4], " with strides of ", strides[0], ", ",
+                              strides[1], ", ", strides[2], ", ", strides[3], " bytes");
+  }
+  return map;
+}
+
 }  // namespace fastgpt::device

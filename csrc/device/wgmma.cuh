@@ -27,6 +27,24 @@ __device__ inline std::uint64_t wgmma_operand(std::uint32_t shared_address) {
   return kSwizzle128 | kEightRows | std::uint64_t(1) << 16 | (shared_address & 0x3FFFF) >> 4;
 }
 
+/// Descriptor of an operand b that lies transposed, [k][columns], in tiles of 64 columns: rows of
+/// 128 bytes, swizzled like wgmma_operand's; the next 64 columns are `tile_bytes` further. The
+/// operand 16 rows further is at + 128. PTX ISA 9.7.15.5.1.
+__device__ inline std::uint64_t wgmma_transposed_operand(std::uint32_t shared_address,
+                                                         std::uint32_t tile_bytes) {
+  constexpr std::uint64_t kSwizzle128 = std::uint64_t(1) << 62;
+  constexpr std::uint64_t kEightRows = std::uint64_t(1024 >> 4) << 32;
+  return kSwizzle128 | kEightRows | std::uint64_t(tile_bytes >> 4) << 16 |
+         (shared_address & 0x3FFFF) >> 4;
+}
+
+/// The same descriptor, but computed with only from here on: sums with constants that a loop needs
+/// again stay cheap uniform instructions instead of registers kept through it.
+__device__ inline std::uint64_t wgmma_fresh(std::uint64_t operand) {
+  asm volatile("" : "+l"(operand));
+  return operand;
+}
+
 /// Before the first product after registers of its operands were written. PTX ISA 9.7.15.7.1.
 __device__ inline void wgmma_fence() {
 #ifdef FASTGPT_HAS_WGMMA
@@ -114,75 +132,77 @@ __device__ inline void take_registers() {
 #define FASTGPT_WGMMA_F256 FASTGPT_WGMMA_F192, FASTGPT_WGMMA_F32(96)
 
 // %i0 .. are the operands behind the N / 2 accumulators.
-#define FASTGPT_WGMMA_SHARED(N, TYPE, i0, i1)                                  \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
-               " {" FASTGPT_WGMMA_D##N "}, %" #i0 ", %" #i1 ", 1, 1, 1, 0, 0;" \
-               : FASTGPT_WGMMA_F##N                                            \
-               : "l"(a), "l"(b))
-#define FASTGPT_WGMMA_REGISTERS(N, TYPE, i0, i1, i2, i3, i4)                             \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE           \
-               " {" FASTGPT_WGMMA_D##N "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 \
-                                       ", 1, 1, 1, 0;"                                   \
-               : FASTGPT_WGMMA_F##N                                                      \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define FASTGPT_WGMMA_SHARED(N, TYPE, i0, i1, i2, i3)                                        \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
+               " {" FASTGPT_WGMMA_D##N "}, %" #i0 ", %" #i1 ", %" #i2 ", 1, 1, 0, %" #i3 ";" \
+               : FASTGPT_WGMMA_F##N                                                          \
+               : "l"(a), "l"(b), "n"(int(kAdd)), "n"(int(kTransposed)))
+#define FASTGPT_WGMMA_REGISTERS(N, TYPE, i0, i1, i2, i3, i4, i5, i6)                          \
+  asm volatile(                                                                               \
+      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" FASTGPT_WGMMA_D##N \
+      "}, {%" #i0 ",%" #i1 ",%" #i2 ",%" #i3 "}, %" #i4 ", %" #i5 ", 1, 1, %" #i6 ";"         \
+      : FASTGPT_WGMMA_F##N                                                                    \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kAdd)), "n"(int(kTransposed)))
 
 /// d += a b^T, both operands in shared memory. Starts the product; d is valid after
 /// wgmma_wait. PTX ISA 9.7.15.5.2.
-template <class T, int kHalf>
+/// @tparam kTransposed b lies as [16][kN], see wgmma_transposed_operand.
+/// @tparam kAdd false: d = a b^T.
+template <class T, bool kTransposed = false, bool kAdd = true, int kHalf>
 __device__ inline void wgmma(float (&d)[kHalf], std::uint64_t a, std::uint64_t b) {
 #ifdef FASTGPT_HAS_WGMMA
   constexpr bool kF16 = std::is_same_v<T, __half>;
   static_assert(kHalf == 32 || kHalf == 64 || kHalf == 96 || kHalf == 128);
   if constexpr (kHalf == 32) {
     if constexpr (kF16)
-      FASTGPT_WGMMA_SHARED(64, "f16", 32, 33);
+      FASTGPT_WGMMA_SHARED(64, "f16", 32, 33, 34, 35);
     else
-      FASTGPT_WGMMA_SHARED(64, "bf16", 32, 33);
+      FASTGPT_WGMMA_SHARED(64, "bf16", 32, 33, 34, 35);
   } else if constexpr (kHalf == 64) {
     if constexpr (kF16)
-      FASTGPT_WGMMA_SHARED(128, "f16", 64, 65);
+      FASTGPT_WGMMA_SHARED(128, "f16", 64, 65, 66, 67);
     else
-      FASTGPT_WGMMA_SHARED(128, "bf16", 64, 65);
+      FASTGPT_WGMMA_SHARED(128, "bf16", 64, 65, 66, 67);
   } else if constexpr (kHalf == 96) {
     if constexpr (kF16)
-      FASTGPT_WGMMA_SHARED(192, "f16", 96, 97);
+      FASTGPT_WGMMA_SHARED(192, "f16", 96, 97, 98, 99);
     else
-      FASTGPT_WGMMA_SHARED(192, "bf16", 96, 97);
+      FASTGPT_WGMMA_SHARED(192, "bf16", 96, 97, 98, 99);
   } else {
     if constexpr (kF16)
-      FASTGPT_WGMMA_SHARED(256, "f16", 128, 129);
+      FASTGPT_WGMMA_SHARED(256, "f16", 128, 129, 130, 131);
     else
-      FASTGPT_WGMMA_SHARED(256, "bf16", 128, 129);
+      FASTGPT_WGMMA_SHARED(256, "bf16", 128, 129, 130, 131);
   }
 #endif
 }
 
 /// The same with a in registers, which belong to the product until wgmma_wait.
-template <class T, int kHalf>
+template <class T, bool kTransposed = false, bool kAdd = true, int kHalf>
 __device__ inline void wgmma(float (&d)[kHalf], const std::uint32_t (&a)[4], std::uint64_t b) {
 #ifdef FASTGPT_HAS_WGMMA
   constexpr bool kF16 = std::is_same_v<T, __half>;
   static_assert(kHalf == 32 || kHalf == 64 || kHalf == 96 || kHalf == 128);
   if constexpr (kHalf == 32) {
     if constexpr (kF16)
-      FASTGPT_WGMMA_REGISTERS(64, "f16", 32, 33, 34, 35, 36);
+      FASTGPT_WGMMA_REGISTERS(64, "f16", 32, 33, 34, 35, 36, 37, 38);
     else
-      FASTGPT_WGMMA_REGISTERS(64, "bf16", 32, 33, 34, 35, 36);
+      FASTGPT_WGMMA_REGISTERS(64, "bf16", 32, 33, 34, 35, 36, 37, 38);
   } else if constexpr (kHalf == 64) {
     if constexpr (kF16)
-      FASTGPT_WGMMA_REGISTERS(128, "f16", 64, 65, 66, 67, 68);
+      FASTGPT_WGMMA_REGISTERS(128, "f16", 64, 65, 66, 67, 68, 69, 70);
     else
-      FASTGPT_WGMMA_REGISTERS(128, "bf16", 64, 65, 66, 67, 68);
+      FASTGPT_WGMMA_REGISTERS(128, "bf16", 64, 65, 66, 67, 68, 69, 70);
   } else if constexpr (kHalf == 96) {
     if constexpr (kF16)
-      FASTGPT_WGMMA_REGISTERS(192, "f16", 96, 97, 98, 99, 100);
+      FASTGPT_WGMMA_REGISTERS(192, "f16", 96, 97, 98, 99, 100, 101, 102);
     else
-      FASTGPT_WGMMA_REGISTERS(192, "bf16", 96, 97, 98, 99, 100);
+      FASTGPT_WGMMA_REGISTERS(192, "bf16", 96, 97, 98, 99, 100, 101, 102);
   } else {
     if constexpr (kF16)
-      FASTGPT_WGMMA_REGISTERS(256, "f16", 128, 129, 130, 131, 132);
+      FASTGPT_WGMMA_REGISTERS(256, "f16", 128, 129, 130, 131, 132, 133, 134);
     else
-      FASTGPT_WGMMA_REGISTERS(256, "bf16", 128, 129, 130, 131, 132);
+      FASTGPT_WGMMA_REGISTERS(256, "bf16", 128, 129, 130, 131, 132, 133, 134);
   }
 #endif
 }

@@ -16,6 +16,13 @@ from shapes import FLOATS, GENERIC_HEADS, HEADS
 # (query rows, keys) of each request: prefill, a later chunk, decode, padding rows of both kinds.
 MIXED = [(5, 5), (7, 40), (1, 33), (0, 0), (1, 1), (2, 0), (0, 9), (1, 130)]
 
+# The same for prefill kernels: their tiles have 64 or 128 rows and keys, so lengths stand around
+# those; then primes, a late chunk, more queries than one tile of a head, empty requests, a decode.
+PREFILL = [
+    (1, 1), (129, 129), (127, 640), (0, 0), (64, 191), (1, 257), (300, 300), (31, 31), (9, 521),
+    (13, 0), (128, 128), (0, 70), (200, 1009),
+]  # fmt: skip
+
 
 @dataclass
 class Case:
@@ -132,6 +139,80 @@ def test_attention_reads_a_cache_of_another_dtype(cache_dtype: torch.dtype) -> N
 def test_attention_long_context(device: torch.device) -> None:
     lengths = [(1, 1500), (3, 1031), (65, 700)]
     check(make_case(lengths, (4, 2, 64, 64), device), 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        (4, 4, 64, 64), (14, 2, 64, 64), (4, 2, 80, 80), (2, 1, 96, 96), (7, 1, 128, 128),
+        (16, 2, 128, 128), (2, 2, 128, 128), (4, 4, 192, 128), (4, 2, 256, 256), (3, 1, 128, 64),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_attention_prefill(heads: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    block_size = 16 if dtype == torch.float16 else 32
+    case = make_case(PREFILL, heads, torch.device("cuda"), dtype=dtype, block_size=block_size)
+    check(case, heads[3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(7, 1, 128, 128), (2, 1, 256, 256)], ids=str)
+@pytest.mark.parametrize("block_size", [8, 24, 64, 128, 256])
+def test_attention_prefill_block_sizes(heads: tuple[int, int, int, int], block_size: int) -> None:
+    """Bulk copies cut blocks of 8 up to any multiple of a tile, but not those of 24."""
+    case = make_case(
+        PREFILL, heads, torch.device("cuda"), dtype=torch.bfloat16, block_size=block_size
+    )
+    check(case, heads[3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_heads", "block_size"), [(16, 16), (20, 64), (128, 128), (128, 24)])
+def test_mla_attention_of_many_rows(num_heads: int, block_size: int, dtype: torch.dtype) -> None:
+    """Enough rows for 64 a CTA: decodes alone, split and not, then prefill between them."""
+    device = torch.device("cuda")
+    heads = (num_heads, 1, 576, 512)
+    decodes = [(1, 1), (1, 64), (1, 65), (0, 0), (2, 2009), (1, 640), (8, 127), (3, 0)]
+    for lengths in (decodes, [*decodes, (129, 300), (9, 9), (17, 64)]):
+        case = make_case(lengths, heads, device, dtype=dtype, block_size=block_size, mla=True)
+        check(case, 512, mla=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(9, 9), (127, 127), (131, 1201), (577, 577), (40, 0)], ids=str)
+def test_attention_prefill_of_one_request(lengths: tuple[int, int]) -> None:
+    device = torch.device("cuda")
+    for heads in [(7, 1, 128, 128), (8, 8, 64, 64)]:
+        check(make_case([lengths], heads, device, dtype=torch.bfloat16), heads[3])
+
+
+@pytest.mark.gpu
+def test_attention_captured_prefill_serves_other_lengths() -> None:
+    """The launch is fixed by the maxima; lengths are read on the device."""
+    heads = (14, 2, 128, 128)
+    case = make_case([(150, 700), (150, 150), (150, 300)], heads, torch.device("cuda"),
+                     dtype=torch.bfloat16)  # fmt: skip
+    out = poisoned(450, 14, 128, dtype=torch.bfloat16, device=case.q.device)
+    ops.attention(*case.args, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.attention(*case.args, out=out)
+    bound = {"tolerance": HALF_STEP[torch.bfloat16] * 6.0 + 1e-5, "scale": 1.0}
+    for lengths in [
+        [(150, 700), (150, 150), (150, 300)], [(1, 640), (0, 0), (33, 299)], [(130, 131), (9, 9)]
+    ]:  # fmt: skip
+        filled = lengths + [(0, 0)] * (3 - len(lengths))
+        starts = torch.tensor([0, *(q_len for q_len, _ in filled)]).cumsum(0).int()
+        case.cu_seqlens_q.copy_(starts)
+        case.seq_lens.copy_(torch.tensor([seq_len for _, seq_len in filled]).int())
+        out.fill_(float("nan"))
+        graph.replay()
+        num_tokens = int(starts[-1])
+        assert_close(out[:num_tokens], oracle.attention(*case.args)[:num_tokens], **bound)
+        assert bool(out[num_tokens:].isnan().all())
 
 
 @pytest.mark.parametrize("lengths", [[], [(0, 0)], [(1, 1)], [(3, 0)]], ids=str)
