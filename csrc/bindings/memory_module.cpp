@@ -164,10 +164,10 @@ class MemoryPool {
   void record_use(std::uintptr_t data, std::uintptr_t stream) {
     cache_->record_use_of(reinterpret_cast<void*>(data), as_stream(stream));
   }
-  void release_stream(std::uintptr_t stream) { cache_->arena().release_stream(as_stream(stream)); }
+  void release_stream(std::uintptr_t stream) { cache_->release_stream(as_stream(stream)); }
 
   bool contains(const std::string& name) const { return cache_->contains(name); }
-  std::size_t trim() { return cache_->arena().trim(); }
+  std::size_t trim() { return cache_->trim(); }
   void reset_peaks() { cache_->arena().reset_peaks(); }
   void check_integrity() const { cache_->arena().check_integrity(); }
 

@@ -25,8 +25,10 @@ Backing::Backing(std::shared_ptr<Upstream> upstream, std::size_t budget_bytes,
 }
 
 Backing::~Backing() {
-  for (const auto& [address, handle] : handles_) unmap({address, handle});
-  if (base_ != nullptr) upstream_->unreserve(base_, address_bytes_);
+  bool all_unmapped = true;
+  for (const auto& [address, handle] : handles_) all_unmapped &= unmap({address, handle});
+  // Address space with something mapped in it cannot be given back; losing it is all we can do.
+  if (base_ != nullptr && all_unmapped) upstream_->unreserve(base_, address_bytes_);
 }
 
 Range Backing::widen(Range range) const {
@@ -53,41 +55,48 @@ std::vector<Range> Backing::gaps(Range range) const {
   return gaps;
 }
 
-std::optional<std::vector<Backing::Mapped>> Backing::map(const std::vector<Range>& gaps) {
-  std::vector<Mapped> done;
-  for (const Range& gap : gaps) {
-    std::vector<Handle> handles;
-    bool mapped = false;
-    try {
-      std::size_t made = 0;
-      while (made < gap.bytes()) {
-        ++num_calls_;
-        const Handle handle = upstream_->create(std::min(handle_bytes_, gap.bytes() - made));
-        if (handle.id == 0) break;
-        handles.push_back(handle);
-        made += handle.bytes;
+bool Backing::map(Range gap, std::vector<Mapped>& mapped) {
+  std::vector<Handle> handles;
+  const auto destroy_all = [&] {
+    for (const Handle handle : handles) upstream_->destroy(handle);
+  };
+  try {
+    for (std::size_t made = 0; made < gap.bytes(); made += handles.back().bytes) {
+      ++num_calls_;
+      const Handle handle = upstream_->create(std::min(handle_bytes_, gap.bytes() - made));
+      if (handle.id == 0) {
+        destroy_all();
+        return false;
       }
-      if (made == gap.bytes()) {
-        ++num_calls_;
-        mapped = upstream_->map(gap.begin, handles);
-      }
-    } catch (...) {
-      for (const Handle handle : handles) upstream_->destroy(handle);
-      abandon(done);
-      throw;
+      handles.push_back(handle);
     }
-    if (!mapped) {
-      for (const Handle handle : handles) upstream_->destroy(handle);
-      abandon(done);
-      return std::nullopt;
+    ++num_calls_;
+    if (!upstream_->map(gap.begin, handles)) {
+      destroy_all();
+      return false;
     }
-    std::byte* at = gap.begin;
-    for (const Handle handle : handles) {
-      done.push_back({at, handle});
-      at += handle.bytes;
-    }
+  } catch (...) {
+    destroy_all();
+    throw;
   }
-  return done;
+  std::byte* at = gap.begin;
+  for (const Handle handle : handles) {
+    mapped.push_back({at, handle});
+    at += handle.bytes;
+  }
+  return true;
+}
+
+Backing::Commit Backing::map(const std::vector<Range>& gaps) noexcept {
+  Commit commit;
+  try {
+    commit.is_done =
+        std::all_of(gaps.begin(), gaps.end(), [&](Range gap) { return map(gap, commit.mapped); });
+  } catch (const std::exception&) {
+    commit.error = std::current_exception();
+  }
+  if (!commit.is_done) std::erase_if(commit.mapped, [&](const Mapped& one) { return unmap(one); });
+  return commit;
 }
 
 std::optional<Backing::Mapped> Backing::allocate_slab(std::size_t bytes) {
@@ -118,10 +127,6 @@ bool Backing::unmap(const Mapped& mapped) noexcept {
 void Backing::remove(const Mapped& mapped) {
   handles_.erase(mapped.address);
   committed_bytes_ -= mapped.handle.bytes;
-}
-
-void Backing::abandon(const std::vector<Mapped>& mapped) noexcept {
-  for (const Mapped& one : mapped) unmap(one);
 }
 
 }  // namespace fastgpt::memory

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <map>
 #include <memory>
 #include <optional>
@@ -47,9 +48,14 @@ class Backing {
     std::byte* address;
     Handle handle;
   };
-  /// Create handles and map them under the gaps. @return nothing, and nothing changed, when the
-  /// device has no more.
-  std::optional<std::vector<Mapped>> map(const std::vector<Range>& gaps);
+  struct Commit {
+    bool is_done = false;
+    std::vector<Mapped> mapped;          // what add has to count, also when it is not done
+    std::exception_ptr error = nullptr;  // what the driver said, else: it has no more memory
+  };
+  /// Create handles and map them under the gaps, all or nothing. Nothing may fail, too: what the
+  /// driver then does not take back stays mapped and is returned.
+  Commit map(const std::vector<Range>& gaps) noexcept;
   /// A fixed slab, as one handle. @return nothing when the device has no more.
   std::optional<Mapped> allocate_slab(std::size_t bytes);
   void add(const std::vector<Mapped>& mapped);
@@ -58,10 +64,9 @@ class Backing {
   bool unmap(const Mapped& mapped) noexcept;
   void remove(const Mapped& mapped);
 
-  /// Undo map before add.
-  void abandon(const std::vector<Mapped>& mapped) noexcept;
-
  private:
+  bool map(Range gap, std::vector<Mapped>& mapped);
+
   const std::shared_ptr<Upstream> upstream_;
   const std::size_t granularity_;
   const std::size_t budget_bytes_;

@@ -9,12 +9,12 @@ Lanes::Lane& Lanes::lane(void* stream) {
   return lanes_[(thread + ((handle >> 4) * 0x9E3779B97F4A7C15U >> 59)) % kNumLanes];
 }
 
-void Lanes::count(Lane& lane, const Block* block, int sign) {
-  const auto requested = sign * std::int64_t(block->requested);
-  lane.counts.requested += requested;
-  lane.counts.allocated += sign * std::int64_t(block->bytes);
+void Lanes::count(Lane& lane, std::size_t requested, std::size_t bytes, int sign) {
+  const auto added = sign * std::int64_t(requested);
+  lane.counts.requested += added;
+  lane.counts.allocated += sign * std::int64_t(bytes);
   lane.counts.blocks += sign;
-  lane.unpublished += requested;
+  lane.unpublished += added;
   if (lane.unpublished > kPublishBytes || lane.unpublished < -kPublishBytes) {
     published_.fetch_add(lane.unpublished, std::memory_order_relaxed);
     lane.unpublished = 0;
@@ -30,7 +30,7 @@ Block* Lanes::pop(void* stream, std::size_t bytes, std::size_t requested) {
   lane.bytes -= bytes;
   block->requested = requested;
   ++lane.counts.allocations;
-  count(lane, block, 1);
+  count(lane, requested, bytes, 1);
   block->set(State::kLive);
   return block;
 }

@@ -30,13 +30,16 @@ class Lanes {
     std::lock_guard lock(lane.mutex);
     if (lane.bytes == 0) lane.stream = stream;
     if (lane.stream != stream) return false;
-    count(lane, block, -1);
     Stack& stack = lane.stacks[block->bytes / kGranule - 1];
     if (stack.size == kDepth) {
+      const std::size_t requested = block->requested;
+      const std::size_t bytes = block->bytes;
       give(block);
+      count(lane, requested, bytes, -1);
       return true;
     }
     if (lane.bytes + block->bytes > kMaxBytes) empty(lane, give);
+    count(lane, block->requested, block->bytes, -1);
     stack.blocks[stack.size++] = block;
     lane.bytes += block->bytes;
     return true;
@@ -88,13 +91,18 @@ class Lanes {
   template <class Give>
   static void empty(Lane& lane, Give give) {
     for (Stack& stack : lane.stacks) {
-      while (stack.size > 0) give(stack.blocks[--stack.size]);
+      while (stack.size > 0) {
+        Block* const block = stack.blocks[stack.size - 1];
+        const std::size_t bytes = block->bytes;
+        give(block);  // may throw: then the lane keeps it
+        --stack.size;
+        lane.bytes -= bytes;
+      }
     }
-    lane.bytes = 0;
   }
 
   Lane& lane(void* stream);
-  void count(Lane& lane, const Block* block, int sign);
+  void count(Lane& lane, std::size_t requested, std::size_t bytes, int sign);
 
   std::array<Lane, kNumLanes> lanes_;
   std::atomic<std::int64_t> published_{0};

@@ -82,14 +82,17 @@ std::uint32_t StreamOrder::use(void* stream) {
 }
 
 Fence StreamOrder::free(void* stream, std::uint32_t others) {
-  if (others == 0 && upstream_->is_synchronous(stream)) return {};
-  const std::uint32_t own = upstream_->is_synchronous(stream) ? 0 : bit(slot(stream));
+  return free(others | (upstream_->is_synchronous(stream) ? 0 : bit(slot(stream))));
+}
+
+Fence StreamOrder::free(std::uint32_t streams) {
+  if (streams == 0) return {};
   const std::uint64_t tick = ++clock_;
-  for_each_stream(own | others, [&](int i) {
+  for_each_stream(streams, [&](int i) {
     if (!slots_[i].is_released) slots_[i].last = tick;  // its last event covers all it did
     return true;
   });
-  return {tick, own | others};
+  return {tick, streams};
 }
 
 std::uint64_t StreamOrder::needed(const Slot& other, Fence fence) const {
@@ -148,11 +151,14 @@ bool StreamOrder::is_over(Fence fence) const {
                          [&](int i) { return slots_[i].over >= needed(slots_[i], fence); });
 }
 
-void StreamOrder::poll() {
+// What cannot be asked is not known to be over: whoever needs to know meets the error.
+void StreamOrder::poll() noexcept {
   for (Slot& slot : slots_) {
     if (!slot.is_used || slot.over >= slot.last) continue;
-    if (!record_up_to(slot, slot.last)) continue;
-    if (upstream_->query(slot.event)) slot.over = slot.recorded;
+    try {
+      if (record_up_to(slot, slot.last) && upstream_->query(slot.event)) slot.over = slot.recorded;
+    } catch (const std::exception&) {
+    }
   }
 }
 

@@ -29,6 +29,8 @@ class StreamOrder {
 
   /// The fence of memory that is freed now on `stream` after the streams of `others` used it.
   Fence free(void* stream, std::uint32_t others);
+  /// The same where `streams`, as bits, are all that used it.
+  Fence free(std::uint32_t streams);
 
   /// Let `stream` wait until it passes the fence. @return false where that is impossible now: the
   /// stream, or one that it would wait for, is being captured into a graph.
@@ -41,7 +43,7 @@ class StreamOrder {
   /// Whether the fence is known to be over.
   bool is_over(Fence fence) const;
   /// Ask each stream with unfinished frees how far it is.
-  void poll();
+  void poll() noexcept;
 
   /// Forget a stream that will be destroyed; its last event is recorded now.
   void release(void* stream);

@@ -96,6 +96,9 @@ class Arena {
   /// Return a block; `stream` is the last to use it. @throws InvalidArgument if not live.
   void free(void* data, void* stream);
 
+  /// Return a block that no stream used but those of record_use.
+  void free_recorded(void* data);
+
   /// Say that `stream`, too, uses a live block: whoever gets the memory next waits for it.
   void record_use(void* data, void* stream);
 
@@ -132,6 +135,7 @@ class Arena {
 
  private:
   struct Impl;
+  void free_block(void* data, void* const* stream);
   const std::shared_ptr<Upstream> upstream_;
   std::unique_ptr<Impl> impl_;
 };

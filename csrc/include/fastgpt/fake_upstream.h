@@ -5,6 +5,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <random>
 #include <string>
@@ -14,9 +15,12 @@
 
 namespace fastgpt {
 
-/// Work on a stream is queued, and done only when the test (or a wait on the host) runs it, so a
-/// missing wait shows as wrong bytes. Memory is real: what is unmapped loses its content and
-/// traps. Stream handles are any pointers; nullptr is a stream like the others.
+class HappensBefore;
+
+/// Work on a stream is queued, and done only when the test (or a wait on the host) runs it, in any
+/// order that events allow. Vector clocks find a missing wait also where the order happened to be
+/// right. Memory is real: what is unmapped loses its content and traps. Stream handles are any
+/// pointers; nullptr is a stream like the others. A destroyed stream's handle is the next one made.
 class FakeUpstream final : public Upstream {
  public:
   struct Options {
@@ -25,21 +29,31 @@ class FakeUpstream final : public Upstream {
     std::size_t granularity = std::size_t{2} << 20;
     std::uint64_t seed = 0;  // of the order in which streams run
   };
-  explicit FakeUpstream(Options options) : options_(options), random_(options.seed) {}
+  explicit FakeUpstream(Options options);
   ~FakeUpstream() override;
 
   // -- the test's side ---------------------------------------------------------------------------
 
-  /// Let the k-th call from now on (1 = the next) that may fail do so; 0 = none.
-  void fail_at(std::uint64_t call);
+  /// Let the k-th call from now on (1 = the next) that may fail do so, and the `num - 1` after it;
+  /// 0 = none.
+  /// @param throws calls that can also say that there is no more memory throw DeviceError instead.
+  void fail_at(std::uint64_t call, std::uint64_t num = 1, bool throws = false);
   /// Calls so far that may fail.
   std::uint64_t num_calls() const;
+  /// Events created and not destroyed.
+  std::int64_t num_events() const;
   /// Driver calls so far that map, unmap, create, destroy, allocate or free memory.
   std::uint64_t num_memory_calls() const;
 
   /// Queue a write of `stamp` over the bytes, or a check that they all hold it.
   void write(void* data, std::size_t bytes, std::uint8_t stamp, void* stream);
   void expect(const void* data, std::size_t bytes, std::uint8_t stamp, void* stream);
+
+  /// A program's own order: later work on `then` waits for what is queued on `first` now.
+  void order(void* first, void* then);
+
+  /// More than `bytes` mapped in the reservation made next, or beyond it without one, is reported.
+  void limit_next_reservation(std::size_t bytes) { next_limit_ = bytes; }
 
   /// Do up to `steps` queued tasks of streams chosen at random.
   void run(std::size_t steps);
@@ -50,6 +64,7 @@ class FakeUpstream final : public Upstream {
   /// What went wrong so far: a stamp overwritten, memory unmapped under queued work, ...
   std::vector<std::string> violations() const;
   std::size_t mapped_bytes() const;
+  bool is_mapped(const void* data, std::size_t bytes) const;
 
   // -- Upstream ----------------------------------------------------------------------------------
 
@@ -90,17 +105,28 @@ class FakeUpstream final : public Upstream {
   };
   struct FakeEvent {
     std::uint64_t mark = 0;
+    std::vector<std::uint64_t> clock;
+  };
+  struct Reservation {
+    std::size_t bytes;
+    std::size_t limit_bytes;
+    std::size_t mapped_bytes;
   };
   using Queue = std::deque<Task>;
 
   bool fails();
-  void push(void* stream, Task task);
+  void may_throw(const char* call);  // where an injected failure throws
+  bool refuses(const char* call);    // where it may also say that there is no more
+  void push(void* stream, Task task, const std::byte* reads, const std::byte* writes,
+            std::size_t bytes);
+  void record_locked(FakeEvent& event, void* stream);
+  void wait_locked(void* stream, const FakeEvent& event);
   bool step(void* stream);  // one task; false when blocked or empty
   void run_until_reached(std::uint64_t mark);
   void report(std::string what) { violations_.push_back(std::move(what)); }
-  bool is_mapped(const std::byte* data, std::size_t bytes) const;
+  bool is_mapped_locked(const std::byte* data, std::size_t bytes) const;
   bool is_reached(std::uint64_t mark) const;
-  void forbid_queued_use(const std::byte* data, std::size_t bytes, const char* what);
+  void retire(const std::byte* data, std::size_t bytes, const char* what);
 
   const Options options_;
   mutable std::mutex mutex_;
@@ -108,11 +134,18 @@ class FakeUpstream final : public Upstream {
   std::uint64_t num_calls_ = 0;
   std::uint64_t num_memory_calls_ = 0;
   std::uint64_t fail_at_ = 0;
+  std::uint64_t num_fails_ = 0;
+  bool fail_throws_ = false;
   std::uint64_t next_id_ = 1;
   std::uint64_t next_mark_ = 1;
+  std::int64_t num_events_ = 0;  // created and not destroyed
   std::size_t used_bytes_ = 0;
   std::map<std::uint64_t, std::size_t> handles_;  // created
   std::map<std::byte*, Handle> mapped_;           // and mapped, or a slab (id 0)
+  std::map<std::byte*, Reservation> reservations_;
+  std::size_t next_limit_ = ~std::size_t{0};
+  std::vector<void*> destroyed_;  // stream handles, the last one is made again first
+  std::unique_ptr<HappensBefore> order_;
   std::map<void*, Queue> queues_;
   std::map<std::uint64_t, bool> marks_;  // recorded; true = reached
   std::map<void*, bool> capturing_;

@@ -73,6 +73,12 @@ struct SwapStats {
 /// An evicted entry keeps its address; restore copies its bytes back to it. Who holds a lease may
 /// touch the memory at any time, so only two kinds of entries are evicted: those without a lease,
 /// and those of the schedule, which their users touch between acquire and release alone.
+///
+/// The cache remembers each stream that a buffer was handed out to. Whoever gets the memory next,
+/// or moves it, waits for all of them; `release_stream` comes before a stream is destroyed.
+///
+/// A driver call that fails leaves every entry as it was: its bytes, its size, its leases. Memory
+/// that cannot be freed in that moment is kept and freed by a later call.
 class LayerCache : public std::enable_shared_from_this<LayerCache> {
  public:
   explicit LayerCache(std::unique_ptr<Arena> arena, SwapOptions swap = {});
@@ -87,6 +93,12 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
   /// Forget a name; its memory is freed with its last lease.
   /// @throws InvalidArgument if there is no such entry, or it is pinned or acquired.
   void free(const std::string& name, void* stream);
+
+  /// Forget a stream before it is destroyed. @throws InvalidArgument while it is captured.
+  void release_stream(void* stream);
+
+  /// Give physical memory that nobody uses back, in whole handles. @return bytes.
+  std::size_t trim();
 
   /// Never evict an entry, until unpin; counts. A CUDA graph pins what it has captured.
   void pin(const std::string& name);
@@ -123,39 +135,61 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
   friend class Lease;
   enum class Where { kDevice, kLeaving, kHost, kReturning };
   struct Buffer {
+    std::string name;  // empty: dies with its last lease
     void* data = nullptr;
     std::size_t bytes = 0;
     std::string layout;
-    void* stream = nullptr;
     int num_leases = 0;
-    bool named = false;
     int num_pins = 0;
     int num_acquired = 0;
     int schedule_index = -1;
     bool is_frozen = false;
+    bool is_moving = false;  // its name is on the way to other memory
+    bool has_memory = true;  // the arena's block is live; false: evicted
     Where where = Where::kDevice;
     std::vector<void*> users;   // streams with work on it since it is on the device
     void* host_data = nullptr;  // its bytes, when evicted, or frozen and once evicted
     std::size_t host_bytes = 0;
     Event returned = nullptr;  // after the copy back; null: long ago
   };
+  /// A block that the driver's failure kept from being freed.
+  struct Orphan {
+    Arena* arena;
+    void* data;
+    std::vector<void*> users;
+  };
   using Lock = std::unique_lock<std::mutex>;
 
+  // layer_cache.cpp
   void* allocate_or_explain(std::size_t bytes, const std::string& name, void* stream, Lock& lock);
+  [[noreturn]] void explain(const std::string& name, const OutOfMemory& error) const;
+  std::unique_ptr<Lease> add(void* data, std::size_t bytes, const std::string& name,
+                             const std::string& layout, Contents contents, void* stream);
+  std::unique_ptr<Lease> renew(std::uint64_t id, std::size_t bytes, const std::string& layout,
+                               Contents contents, void* stream, Lock& lock);
+  std::uint64_t make(void* data, std::size_t bytes, const std::string& name,
+                     const std::string& layout, void* stream);
   std::unique_ptr<Lease> lease(std::uint64_t id);
-  void abandon(std::uint64_t id, void* stream);
+  void abandon(std::uint64_t id) noexcept;
   void release_lease(std::uint64_t id) noexcept;
   std::vector<EntryInfo> entries_locked() const;
   std::uint64_t find(const std::string& name) const;
-  Buffer& settled(std::uint64_t id, Lock& lock);
-  void evict_locked(std::uint64_t id, Lock& lock);
-  void restore_locked(std::uint64_t id, void* stream, Lock& lock);
+  void wait_for_return(Buffer& buffer, void* stream);
+  void drop_event(Buffer& buffer) noexcept;
+  void give_back(Arena& arena, void* data, std::vector<void*> users) noexcept;
+  void collect_orphans() noexcept;
+
+  // layer_cache_swap.cpp
+  static bool is_settled(const Buffer& buffer);
+  Buffer& settled(const std::string& name, Lock& lock);
+  Buffer& resident(const std::string& name, void* stream, Lock& lock);
+  void evict_locked(Buffer& buffer, Lock& lock);
+  void restore_locked(Buffer& buffer, void* stream, Lock& lock);
   void* allocate_on_host(std::size_t bytes);
   bool evict_one(Lock& lock);
   bool may_evict(const Buffer& buffer) const;
-  void use(Buffer& buffer, void* stream);
-  void drop_host_copy(Buffer& buffer);
-  void drop_event(Buffer& buffer);
+  bool is_captured(const Buffer& buffer) const;
+  void drop_host_copy(Buffer& buffer) noexcept;
 
   mutable std::mutex mutex_;
   std::condition_variable moved_;
@@ -165,6 +199,8 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
   void* in_stream_ = nullptr;
   std::unordered_map<std::string, std::uint64_t> names_;
   std::unordered_map<std::uint64_t, Buffer> buffers_;
+  std::unordered_map<void*, std::uint64_t> addresses_;
+  std::vector<Orphan> orphans_;
   std::uint64_t next_id_ = 1;
   int schedule_size_ = 0;
   int schedule_at_ = 0;  // index after the one acquired last

@@ -123,7 +123,7 @@ TEST_P(ArenaTest, MergedBlocksOfTwoStreamsForgetNeither) {
 TEST_P(ArenaTest, RecordedUseIsWaitedFor) {
   void* block = arena.allocate(2 * kMiB, a);
   upstream->write(block, 2 * kMiB, 1, a);
-  upstream->run_all();
+  upstream->synchronize_device();
   upstream->expect(block, 2 * kMiB, 1, b);
   arena.record_use(block, b);
   arena.free(block, a);
