@@ -348,6 +348,21 @@ class GPTMemoryPool:
             "allocator_settings": {},
         }
 
+    @contextmanager
+    def trace(self, path: str | os.PathLike[str]) -> Iterator[None]:
+        """Log what the pool does within a `with` block, one JSON object a line.
+
+        csrc/include/fastgpt/trace.h says what a line holds; benchmarks/memory_trace.py replays it.
+
+        Raises:
+            InvalidArgument: if the file cannot be written, or a trace is running.
+        """
+        self._pool.start_trace(os.fspath(path))
+        try:
+            yield
+        finally:
+            self._pool.stop_trace()
+
     def __contains__(self, layer_name: str) -> bool:
         return bool(self._pool.contains(layer_name))
 

@@ -166,6 +166,9 @@ class MemoryPool {
   }
   void release_stream(std::uintptr_t stream) { cache_->release_stream(as_stream(stream)); }
 
+  void start_trace(const std::string& path) { cache_->arena().trace().start(path); }
+  void stop_trace() { cache_->arena().trace().stop(); }
+
   bool contains(const std::string& name) const { return cache_->contains(name); }
   std::size_t trim() { return cache_->trim(); }
   void reset_peaks() { cache_->arena().reset_peaks(); }
@@ -199,6 +202,8 @@ void bind_memory(py::module_& m) {
       .def("set_schedule", &MemoryPool::set_schedule, no_gil, py::arg("names"))
       .def("record_use", &MemoryPool::record_use, no_gil, py::arg("data"), py::arg("stream"))
       .def("release_stream", &MemoryPool::release_stream, no_gil, py::arg("stream"))
+      .def("start_trace", &MemoryPool::start_trace, py::arg("path"))
+      .def("stop_trace", &MemoryPool::stop_trace)
       .def("contains", &MemoryPool::contains, py::arg("name"))
       .def("trim", &MemoryPool::trim)
       .def("reset_peaks", &MemoryPool::reset_peaks)

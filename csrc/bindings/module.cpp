@@ -2,34 +2,12 @@
 #include "bindings/module.h"
 
 #include "fastgpt/attention.h"
-#include "fastgpt/check.h"
 
 namespace py = pybind11;
 
-namespace {
-
-// Our C++ errors become the Python errors of the same name.
-void translate_errors(std::exception_ptr error) {
-  const auto raise = [](const char* name, const char* text) {
-    const py::object type = py::module_::import("fastgpt.errors").attr(name);
-    PyErr_SetString(type.ptr(), text);
-  };
-  try {
-    if (error) std::rethrow_exception(error);
-  } catch (const fastgpt::InvalidArgument& e) {
-    raise("InvalidArgument", e.what());
-  } catch (const fastgpt::OutOfMemory& e) {
-    raise("OutOfMemory", e.what());
-  } catch (const fastgpt::DeviceError& e) {
-    raise("DeviceError", e.what());
-  }
-}
-
-}  // namespace
-
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native classes of FastGPT.";
-  py::register_local_exception_translator(&translate_errors);
+  py::register_local_exception_translator(&fastgpt::bindings::translate_errors);
   fastgpt::bindings::bind_core(m);
   m.def(
       "attention_workspace_bytes",
@@ -45,4 +23,5 @@ PYBIND11_MODULE(_C, m) {
       "cuda_architectures", [] { return FASTGPT_CUDA_ARCHS; },
       "Architectures of the CUDA kernels in this build, oldest first; empty without CUDA.");
   fastgpt::bindings::bind_memory(m);
+  fastgpt::bindings::bind_fake(m);
 }

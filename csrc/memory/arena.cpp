@@ -89,12 +89,16 @@ void* Arena::Impl::hand_out(Block* block, std::size_t bytes, std::size_t request
 
 void Arena::Impl::free(void* data, void* const* stream) {
   std::uint32_t others = 0;
-  Block* block = map.with(data, [&](Block* found) {
+  Block* const block = map.with(data, [&](Block* found) {
     check_live(found, data);
-    found->set(State::kLane);
+    found->set(State::kLane);  // from here on a second free is refused
     others = found->streams;
     return found;
   });
+  take_back(block, stream, others);
+}
+
+void Arena::Impl::take_back(Block* block, void* const* stream, std::uint32_t others) {
   try {
     const bool fits_lane = options.use_lanes && stream != nullptr && others == 0 &&
                            block->bytes <= Lanes::kMaxBlockBytes;
@@ -111,13 +115,6 @@ void Arena::Impl::free(void* data, void* const* stream) {
     block->set(State::kLive);
     throw;
   }
-}
-
-void Arena::Impl::check_live(const Block* block, const void* data) {
-  FASTGPT_CHECK(block == nullptr || !block->is(State::kEvicted), "pointer ", data,
-                " is evicted; restore it first");
-  FASTGPT_CHECK(block != nullptr && block->is(State::kLive), "pointer ", data,
-                " is not a live block of this arena; was it freed before?");
 }
 
 Block* Arena::Impl::find_live(const void* data) {
@@ -205,11 +202,22 @@ Arena::~Arena() {
   if (impl_->pid != getpid()) (void)impl_.release();
 }
 
-void* Arena::allocate(std::size_t bytes, void* stream) { return impl_->allocate(bytes, stream); }
+void* Arena::allocate(std::size_t bytes, void* stream) {
+  void* const data = impl_->allocate(bytes, stream);
+  trace_.record("allocate", data, bytes, stream);
+  return data;
+}
 
-void Arena::free(void* data, void* stream) { free_block(data, &stream); }
+// Traced before the block is anybody else's, who may allocate it at once.
+void Arena::free(void* data, void* stream) {
+  trace_.record("free", data, 0, stream);
+  free_block(data, &stream);
+}
 
-void Arena::free_recorded(void* data) { free_block(data, nullptr); }
+void Arena::free_recorded(void* data) {
+  trace_.record("free", data, 0, nullptr);
+  free_block(data, nullptr);
+}
 
 void Arena::free_block(void* data, void* const* stream) {
   const auto is_evicted = [](Block* block) {
@@ -229,23 +237,29 @@ void Arena::record_use(void* data, void* stream) {
     Impl::check_live(block, data);
     block->streams |= bit;
   });
+  trace_.record("record_use", data, 0, stream);
 }
 
 void Arena::release_stream(void* stream) {
   impl_->flush_lanes(&stream);
   std::lock_guard lock(impl_->mutex);
   impl_->order.release(stream);
+  trace_.record("release_stream", nullptr, 0, stream);
 }
 
 bool Arena::grow(void* data, std::size_t requested, void* stream) {
   std::lock_guard lock(impl_->mutex);
-  return impl_->extend(data, requested, stream);
+  const bool grows = impl_->extend(data, requested, stream);
+  if (grows) trace_.record("grow", data, requested, stream);
+  return grows;
 }
 
 std::size_t Arena::trim() {
   std::lock_guard grow_lock(impl_->grow);
   impl_->flush_lanes(nullptr);
-  return impl_->reclaim(~std::size_t{0});
+  const std::size_t bytes = impl_->reclaim(~std::size_t{0});
+  trace_.record("trim", nullptr, bytes, nullptr);
+  return bytes;
 }
 
 bool Arena::can_evict() const { return impl_->backing.can_map(); }
@@ -254,6 +268,7 @@ void Arena::evict(void* data) {
   FASTGPT_CHECK(can_evict(), "this device's memory comes in fixed slabs; nothing can be evicted");
   std::lock_guard grow_lock(impl_->grow);
   impl_->evict(impl_->find_live(data));
+  trace_.record("evict", data, 0, nullptr);
 }
 
 void Arena::restore(void* data) {
@@ -262,6 +277,7 @@ void Arena::restore(void* data) {
   FASTGPT_CHECK(block != nullptr && block->is(State::kEvicted), "pointer ", data,
                 " is not an evicted block of this arena");
   impl_->restore(block);
+  trace_.record("restore", data, 0, nullptr);
 }
 
 std::size_t Arena::block_bytes(const void* data) const {

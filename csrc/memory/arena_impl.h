@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "fastgpt/arena.h"
+#include "fastgpt/check.h"
 #include "memory/backing.h"
 #include "memory/block_map.h"
 #include "memory/heap.h"
@@ -45,10 +46,16 @@ struct Arena::Impl {
   bool extend(void* data, std::size_t requested, void* stream);
   /// The block that starts at `data`, live. Its owner is the caller, so it stays live.
   Block* find_live(const void* data);
-  static void check_live(const Block* block, const void* data);
+  static void check_live(const Block* block, const void* data) {
+    FASTGPT_CHECK(block == nullptr || !block->is(State::kEvicted), "pointer ", data,
+                  " is evicted; restore it first");
+    FASTGPT_CHECK(block != nullptr && block->is(State::kLive), "pointer ", data,
+                  " is not a live block of this arena; was it freed before?");
+  }
   bool flush_lanes(void* const* only);
 
   void* hand_out(Block* block, std::size_t bytes, std::size_t requested, void* stream);
+  void take_back(Block* block, void* const* stream, std::uint32_t others);
   void take_from_lane(Block* block, void* stream);
   void count_live(const Block* block, int sign);
   void note_use(const Block* block);

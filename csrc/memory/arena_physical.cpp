@@ -218,24 +218,21 @@ void Arena::Impl::commit_ahead() {
   }
 }
 
+// A handle that a stream is still using beside the block, and that cannot be waited for, stays.
 void Arena::Impl::evict(Block* block) {
   std::vector<Vacant> chosen;
   {
     std::lock_guard lock(mutex);
     block->set(State::kEvicted);
-    try {
-      for (const Vacant& vacant : vacant_handles()) {
-        const auto [address, handle] = vacant.mapped;
-        if (overlap(block->data, block->end(), address, address + handle.bytes) > 0 &&
-            order.wait_on_host(vacant.fence)) {
-          chosen.push_back(vacant);
-        }
-      }
-    } catch (...) {
-      block->set(State::kLive);
-      throw;
-    }
     count_live(block, -1);
+    for (const Vacant& vacant : vacant_handles()) {
+      const auto [address, handle] = vacant.mapped;
+      if (overlap(block->data, block->end(), address, address + handle.bytes) == 0) continue;
+      try {
+        if (order.wait_on_host(vacant.fence)) chosen.push_back(vacant);
+      } catch (const DeviceError&) {
+      }
+    }
     for (const Vacant& vacant : chosen) withdraw(vacant);
   }
   for (const Vacant& vacant : chosen) return_handle(vacant.mapped);

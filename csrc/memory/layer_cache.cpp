@@ -160,6 +160,9 @@ std::unique_ptr<Lease> LayerCache::lease(std::uint64_t id) {
   Buffer& buffer = buffers_.at(id);
   auto lease = std::make_unique<Lease>(shared_from_this(), id, buffer.data, buffer.bytes);
   ++buffer.num_leases;
+  if (!buffer.name.empty()) {
+    arena_->trace().record("named", buffer.data, buffer.bytes, buffer.users.back(), buffer.name);
+  }
   return lease;
 }
 
@@ -204,7 +207,8 @@ void LayerCache::free(const std::string& name, void* stream) {
     buffer = &resident(name, stream, lock);
     check(*buffer);
   }
-  if (buffer->has_memory) add_user(buffer->users, stream);
+  if (buffer->where == Where::kDevice) add_user(buffer->users, stream);
+  arena_->trace().record("forget", buffer->data, 0, stream, name);
   buffer->name.clear();
   const std::uint64_t id = std::exchange(names_.at(name), 0);
   names_.erase(name);
@@ -321,6 +325,7 @@ void LayerCache::acquire(const std::string& name, void* stream) {
   wait_for_return(buffer, stream);
   add_user(buffer.users, stream);
   ++buffer.num_acquired;
+  arena_->trace().record("acquire", buffer.data, 0, stream, name);
   if (buffer.schedule_index >= 0) schedule_at_ = buffer.schedule_index + 1;
 }
 
@@ -330,6 +335,7 @@ void LayerCache::release(const std::string& name, void* stream) {
   FASTGPT_CHECK(buffer.num_acquired > 0, "'", name, "' is not leased");
   add_user(buffer.users, stream);
   --buffer.num_acquired;
+  arena_->trace().record("release", buffer.data, 0, stream, name);
 }
 
 void LayerCache::record_use_of(void* data, void* stream) {
@@ -352,6 +358,7 @@ void LayerCache::pin(const std::string& name) {
   Buffer& buffer = settled(name, lock);
   FASTGPT_CHECK(buffer.where == Where::kDevice, "'", name, "' is evicted; restore it, then pin it");
   ++buffer.num_pins;
+  arena_->trace().record("pin", buffer.data, 0, nullptr, name);
 }
 
 void LayerCache::unpin(const std::string& name) {
@@ -359,11 +366,14 @@ void LayerCache::unpin(const std::string& name) {
   Buffer& buffer = buffers_.at(find(name));
   FASTGPT_CHECK(buffer.num_pins > 0, "'", name, "' is not pinned");
   --buffer.num_pins;
+  arena_->trace().record("unpin", buffer.data, 0, nullptr, name);
 }
 
 void LayerCache::freeze(const std::string& name) {
   Lock lock(mutex_);
-  settled(name, lock).is_frozen = true;
+  Buffer& buffer = settled(name, lock);
+  buffer.is_frozen = true;
+  arena_->trace().record("freeze", buffer.data, 0, nullptr, name);
 }
 
 void LayerCache::thaw(const std::string& name) {
@@ -371,6 +381,7 @@ void LayerCache::thaw(const std::string& name) {
   Buffer& buffer = settled(name, lock);
   buffer.is_frozen = false;
   if (buffer.where == Where::kDevice) drop_host_copy(buffer);
+  arena_->trace().record("thaw", buffer.data, 0, nullptr, name);
 }
 
 void LayerCache::set_schedule(const std::vector<std::string>& names) {

@@ -96,9 +96,10 @@ void LayerCache::evict_locked(Buffer& buffer, Lock& lock) {
     upstream.synchronize(used.get());
     arena_->evict(buffer.data);
   } catch (...) {
+    upstream.synchronize_device();  // copies that are queued still read the buffer
     lock.lock();
     if (host != nullptr) give_back(*swap_.host, host, {out_stream_});
-    buffer.users.push_back(out_stream_);  // copies that are queued still read the buffer
+    buffer.users.push_back(out_stream_);
     buffer.where = Where::kDevice;
     moved_.notify_all();
     throw;
@@ -112,7 +113,6 @@ void LayerCache::evict_locked(Buffer& buffer, Lock& lock) {
   }
   drop_event(buffer);
   buffer.users.clear();
-  buffer.has_memory = false;
   buffer.where = Where::kHost;
   ++swap_stats_.num_evictions;
   swap_stats_.num_clean_evictions += is_clean ? 1 : 0;
@@ -128,13 +128,14 @@ void LayerCache::restore_locked(Buffer& buffer, void* stream, Lock& lock) {
                               "bring it back; restore it before the capture");
   }
   buffer.where = Where::kReturning;
+  bool has_memory = false;
   try {
-    while (!buffer.has_memory) {
+    while (!has_memory) {
       try {
         lock.unlock();
         arena_->restore(buffer.data);
         lock.lock();
-        buffer.has_memory = true;
+        has_memory = true;
       } catch (const OutOfMemory& error) {
         lock.lock();
         if (!swap_.evict_when_full || !evict_one(lock)) explain(buffer.name, error);
@@ -151,14 +152,9 @@ void LayerCache::restore_locked(Buffer& buffer, void* stream, Lock& lock) {
     buffer.returned = returned.release();
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
-    if (buffer.has_memory) {
+    if (has_memory) {
       upstream.synchronize_device();  // copies that are queued still read and write
-      try {
-        arena_->evict(buffer.data);
-        buffer.has_memory = false;
-      } catch (const DeviceError&) {
-        // The memory waits under the entry for the next restore, or for its end.
-      }
+      arena_->evict(buffer.data);
     }
     buffer.where = Where::kHost;
     moved_.notify_all();

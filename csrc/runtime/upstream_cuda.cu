@@ -129,6 +129,7 @@ class CudaStreams : public Upstream {
   void synchronize_device() noexcept override {
     int previous = 0;
     if (cudaGetDevice(&previous) != cudaSuccess) return;
+    CaptureGuard capture;
     (void)cudaSetDevice(device_);
     (void)cudaDeviceSynchronize();
     (void)cudaSetDevice(previous);

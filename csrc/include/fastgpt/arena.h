@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "fastgpt/trace.h"
 #include "fastgpt/upstream.h"
 
 namespace fastgpt {
@@ -129,6 +130,7 @@ class Arena {
   std::vector<SegmentInfo> snapshot() const;
   void reset_peaks();
   Upstream& upstream() { return *upstream_; }
+  Trace& trace() { return trace_; }
 
   /// Verify every invariant; for tests. @throws Error naming the first that does not hold.
   void check_integrity() const;
@@ -137,6 +139,7 @@ class Arena {
   struct Impl;
   void free_block(void* data, void* const* stream);
   const std::shared_ptr<Upstream> upstream_;
+  Trace trace_;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -145,7 +145,6 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
     int schedule_index = -1;
     bool is_frozen = false;
     bool is_moving = false;  // its name is on the way to other memory
-    bool has_memory = true;  // the arena's block is live; false: evicted
     Where where = Where::kDevice;
     std::vector<void*> users;   // streams with work on it since it is on the device
     void* host_data = nullptr;  // its bytes, when evicted, or frozen and once evicted
