@@ -40,6 +40,11 @@ std::int64_t FakeUpstream::num_events() const {
   return num_events_;
 }
 
+std::int64_t FakeUpstream::num_streams() const {
+  std::lock_guard lock(mutex_);
+  return num_streams_;
+}
+
 std::uint64_t FakeUpstream::num_memory_calls() const {
   std::lock_guard lock(mutex_);
   return num_memory_calls_;
@@ -315,6 +320,7 @@ void* FakeUpstream::create_stream() {
     destroyed_.pop_back();
   }
   queues_[stream];
+  ++num_streams_;
   return stream;
 }
 
@@ -328,6 +334,7 @@ void FakeUpstream::destroy_stream(void* stream) noexcept {
     return report("stream destroyed twice");
   }
   destroyed_.push_back(stream);
+  --num_streams_;
 }
 
 Event FakeUpstream::create_event() {

@@ -40,8 +40,9 @@ class FakeUpstream final : public Upstream {
   void fail_at(std::uint64_t call, std::uint64_t num = 1, bool throws = false);
   /// Calls so far that may fail.
   std::uint64_t num_calls() const;
-  /// Events created and not destroyed.
+  /// Events, and streams, created and not destroyed.
   std::int64_t num_events() const;
+  std::int64_t num_streams() const;
   /// Driver calls so far that map, unmap, create, destroy, allocate or free memory.
   std::uint64_t num_memory_calls() const;
 
@@ -139,6 +140,7 @@ class FakeUpstream final : public Upstream {
   std::uint64_t next_id_ = 1;
   std::uint64_t next_mark_ = 1;
   std::int64_t num_events_ = 0;  // created and not destroyed
+  std::int64_t num_streams_ = 0;
   std::size_t used_bytes_ = 0;
   std::map<std::uint64_t, std::size_t> handles_;  // created
   std::map<std::byte*, Handle> mapped_;           // and mapped, or a slab (id 0)

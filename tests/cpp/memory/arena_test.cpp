@@ -187,54 +187,112 @@ TEST_P(ArenaTest, TrimReturnsWholeHandlesOnly) {
   EXPECT_EQ(upstream->mapped_bytes(), 0U);
 }
 
+/// How the fake driver fails: `num` calls in a row, by throwing or by refusing.
+struct Failing {
+  std::uint64_t num;
+  bool throws;
+};
+constexpr Failing kFailings[] = {{1, false}, {1, true}, {1000, false}, {1000, true}};
+
+// Each driver call of a script fails once, in each way; what failed can be done again.
 TEST_P(ArenaTest, EveryDriverCallMayFail) {
-  for (std::uint64_t k = 1;; ++k) {
-    auto fake = make_fake(64 * kMiB, GetParam());
-    Arena fragile(fake, 8 * kMiB, {.handle_bytes = 2 * kMiB, .use_lanes = false});
-    std::vector<std::pair<void*, void*>> live;
-    fake->fail_at(k);
-    const auto before = fake->num_calls();
-    const auto attempt = [&](auto act) {
-      const ArenaStats was = fragile.stats();
-      try {
-        act();
-      } catch (const Error&) {
-        EXPECT_EQ(fragile.stats().requested_bytes, was.requested_bytes) << "call " << k;
-        EXPECT_EQ(fragile.stats().num_blocks, was.num_blocks) << "call " << k;
-      }
-      fragile.check_integrity();
-      EXPECT_EQ(fragile.stats().reserved_bytes, fake->mapped_bytes()) << "call " << k;
-    };
-    for (const std::size_t mib : {1, 3, 2, 5}) {
-      for (void* s : {a, b}) {
+  for (const auto [num, throws] : kFailings) {
+    for (std::uint64_t k = 1;; ++k) {
+      ASSERT_LT(k, 1000U);
+      auto fake = make_fake(64 * kMiB, GetParam());
+      Arena fragile(fake, 12 * kMiB, {.handle_bytes = 2 * kMiB, .use_lanes = false});
+      bool failed = false;
+      const auto attempt = [&](auto act) {
+        const ArenaStats was = fragile.stats();
+        fake->fail_at(failed ? 0 : k, num, throws);
+        const std::uint64_t before = fake->num_calls();
+        bool done = true;
         try {
-          attempt([&] { live.emplace_back(fragile.allocate(mib * kMiB, s), s); });
-          if (!live.empty() && mib == 2) {
-            attempt([&] {
-              fragile.free(live.back().first, live.back().second);
-              live.pop_back();
-            });
-          }
-        } catch (const DeviceError&) {  // stats() itself met the failure
+          act();
+        } catch (const Error&) {
+          done = false;
         }
+        const bool reached = fake->num_calls() >= before + k;
+        if (!failed && !reached) k -= fake->num_calls() - before;  // it may be a later call's turn
+        fake->fail_at(0);
+        fragile.check_integrity();
+        EXPECT_EQ(fragile.stats().reserved_bytes, fake->mapped_bytes()) << "call " << k;
+        if (!done) {
+          failed = true;
+          EXPECT_EQ(fragile.stats().requested_bytes, was.requested_bytes) << "call " << k;
+          EXPECT_EQ(fragile.stats().num_blocks, was.num_blocks) << "call " << k;
+          act();
+        } else if (reached) {
+          failed = true;  // and was made good
+        }
+      };
+      const std::uint64_t asked = k;
+      void* first = nullptr;
+      void* second = nullptr;
+      void* third = nullptr;
+      attempt([&] { first = fragile.allocate(1 * kMiB, a); });
+      attempt([&] { second = fragile.allocate(3 * kMiB, b); });
+      attempt([&] { third = fragile.allocate(2 * kMiB, a); });
+      attempt([&] { fragile.record_use(second, a); });
+      attempt([&] { fragile.free(second, b); });
+      attempt([&] { (void)fragile.grow(first, 2 * kMiB, stream(3)); });
+      attempt([&] { second = fragile.allocate(5 * kMiB, b); });
+      attempt([&] { fragile.free(third, a); });
+      attempt([&] { fragile.release_stream(a); });
+      if (GetParam()) {
+        fake->synchronize_device();
+        attempt([&] { fragile.evict(second); });
+        attempt([&] { third = fragile.allocate(7 * kMiB, b); });
+        attempt([&] { fragile.free(third, b); });
+        attempt([&] { fragile.restore(second); });
       }
+      attempt([&] { fragile.free(first, b); });
+      attempt([&] { fragile.free_recorded(second); });
+      attempt([&] { fragile.trim(); });
+      fragile.trim();
+      EXPECT_EQ(fake->mapped_bytes(), 0U) << "call " << asked;
+      EXPECT_TRUE(fake->violations().empty()) << fake->violations().front();
+      k = asked;
+      if (!failed) break;  // the script has fewer calls than k
     }
-    while (!live.empty()) {
-      const auto [data, s] = live.back();
-      live.pop_back();
-      try {
-        fragile.free(data, s);
-      } catch (const DeviceError&) {
-        fragile.free(data, s);  // still live, as the failed call left it
-      }
-    }
-    fake->fail_at(0);
-    fragile.trim();
-    EXPECT_EQ(fake->mapped_bytes(), 0U) << "call " << k;
-    EXPECT_TRUE(fake->violations().empty()) << fake->violations().front();
-    if (fake->num_calls() < before + k) break;  // the script has fewer calls than k
-    ASSERT_LT(k, 1000U);
   }
+}
+
+TEST_P(ArenaTest, GrowThatCannotWaitLeavesTheCounts) {
+  void* block = arena.allocate(kMiB, a);
+  arena.free(arena.allocate(kMiB, b), b);
+  const ArenaStats before = arena.stats();
+  upstream->fail_at(1, 1000);
+  EXPECT_THROW(arena.grow(block, 2 * kMiB, stream(3)), DeviceError);
+  upstream->fail_at(0);
+  EXPECT_EQ(arena.stats().requested_bytes, before.requested_bytes);
+  EXPECT_EQ(arena.stats().num_blocks, 1U);
+  EXPECT_EQ(arena.block_bytes(block), kMiB);
+  EXPECT_TRUE(arena.grow(block, 2 * kMiB, stream(3)));
+}
+
+TEST_P(ArenaTest, TrimThatCannotWaitLeavesEveryHandle) {
+  arena.free(arena.allocate(9 * kMiB, a), a);
+  const std::size_t reserved = arena.stats().reserved_bytes;
+  upstream->fail_at(1, 1000);
+  EXPECT_THROW(arena.trim(), DeviceError);
+  upstream->fail_at(0);
+  arena.check_integrity();
+  EXPECT_EQ(arena.stats().reserved_bytes, reserved);
+  EXPECT_EQ(arena.trim(), reserved);
+}
+
+TEST_P(ArenaTest, FreeRecordedWaitsForEveryRecordedStream) {
+  void* block = arena.allocate(2 * kMiB, a);
+  for (std::uintptr_t id = 1; id <= 3; ++id) {
+    if (id > 1) upstream->order(stream(id - 1), stream(id));
+    upstream->write(block, 2 * kMiB, std::uint8_t(id), stream(id));
+    arena.record_use(block, stream(id));
+  }
+  arena.free_recorded(block);
+  EXPECT_THROW(arena.free_recorded(block), InvalidArgument);
+  EXPECT_EQ(arena.allocate(2 * kMiB, stream(4)), block);
+  upstream->write(block, 2 * kMiB, 9, stream(4));
 }
 
 TEST(ArenaMappedTest, GrowthMovesNothingAndJoinsHandles) {
@@ -312,6 +370,34 @@ TEST(ArenaLanesTest, SmallBlocksComeBackExactlyAndAreFlushedUnderPressure) {
   arena.check_integrity();
   EXPECT_NO_THROW(arena.allocate(2 * kMiB, stream(2)));
   arena.check_integrity();
+}
+
+// A lane has more blocks than one stream's slot: when the driver keeps the arena from giving one of
+// them back, none may be lost.
+TEST(ArenaLanesTest, LaneThatCannotGiveKeepsItsBlocks) {
+  auto upstream = make_fake(64 * kMiB);
+  Arena arena(upstream, 16 * kMiB, {.handle_bytes = 2 * kMiB});
+  std::vector<void*> blocks;
+  for (int i = 0; i < 20; ++i) blocks.push_back(arena.allocate(1000, stream(100)));
+  for (std::uintptr_t id = 1; id <= 32; ++id) {  // no slot is left for stream 100
+    arena.free(arena.allocate(kMiB / 8, stream(id)), stream(id));
+  }
+  int num_freed = 0;
+  for (void* block : blocks) {
+    upstream->fail_at(1, 1000, true);
+    try {
+      arena.free(block, stream(100));
+      ++num_freed;
+    } catch (const DeviceError&) {
+    }
+    upstream->fail_at(0);
+    arena.check_integrity();
+    EXPECT_EQ(arena.stats().num_blocks, 20U - unsigned(num_freed));
+  }
+  EXPECT_EQ(num_freed, 8);  // what the lane holds
+  for (std::size_t i = 8; i < blocks.size(); ++i) arena.free(blocks[i], stream(100));
+  EXPECT_EQ(arena.stats().num_blocks, 0U);
+  EXPECT_TRUE(upstream->violations().empty()) << upstream->violations().front();
 }
 
 TEST(ArenaLanesTest, FourThreadsKeepEveryByteCounted) {

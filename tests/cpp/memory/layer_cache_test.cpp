@@ -6,13 +6,14 @@
 #include <cstring>
 #include <random>
 #include <thread>
+#include <tuple>
 
 #include "fastgpt/fake_upstream.h"
 
 namespace fastgpt {
 namespace {
 
-constexpr std::size_t kUnit = 64 << 10;  // small, so that every failing call can be tried
+constexpr std::size_t kUnit = 16 << 10;  // small, so that every failing call can be tried
 
 void* stream(std::uintptr_t id) { return reinterpret_cast<void*>(id); }
 
@@ -24,7 +25,7 @@ struct Swapping {
         host(std::make_shared<Arena>(upstream, host_bytes, ArenaOptions{.handle_bytes = kUnit})),
         cache(std::make_shared<LayerCache>(
             std::make_unique<Arena>(upstream, 16 * kUnit, ArenaOptions{.handle_bytes = kUnit}),
-            SwapOptions{host, evict_when_full, /*chunk_bytes=*/56 << 10})) {}
+            SwapOptions{host, evict_when_full, /*chunk_bytes=*/kUnit * 7 / 8})) {}
   ~Swapping() {
     upstream->run_all();
     EXPECT_TRUE(upstream->violations().empty()) << upstream->violations().front();
@@ -173,41 +174,135 @@ TEST(LayerCacheSwapTest, HostWithoutRoomIsOutOfMemoryAndNothingMoves) {
   EXPECT_FALSE(pool.cache->contains("other"));
 }
 
+// Each driver call of a script fails, alone or with all that follow, by throwing or by refusing.
+// After it every entry is as before, and what failed can be done again.
 TEST(LayerCacheSwapTest, EveryDriverCallMayFail) {
-  for (std::uint64_t k = 1;; ++k) {
-    Swapping pool(true);
-    const std::size_t bytes = 6 * kUnit;
-    void* const data = pool.make("a", bytes, 1, stream(1))->data();
-    pool.make("b", bytes, 2, stream(2));
-    const auto before = pool.upstream->num_calls();
-    pool.upstream->fail_at(k);
-    bool failed = false;
-    const auto attempt = [&](auto act) {
-      try {
-        act();
-      } catch (const Error&) {
-        failed = true;
+  const auto names = [](const LayerCache& cache) {
+    std::vector<std::tuple<std::string, std::size_t, int>> list;
+    for (const EntryInfo& e : cache.entries()) list.emplace_back(e.name, e.bytes, e.num_leases);
+    return list;
+  };
+  for (const bool throws : {false, true}) {
+    for (const std::uint64_t num : {1, 1000}) {
+      for (std::uint64_t asked = 1;; ++asked) {
+        ASSERT_LT(asked, 1000U);
+        Swapping pool(true);
+        LayerCache& cache = *pool.cache;
+        const std::size_t bytes = 6 * kUnit;
+        pool.make("a", bytes, 1, stream(1));
+        pool.make("b", bytes, 2, stream(2));
+        std::uint64_t k = asked;
+        bool failed = false;
+        const auto attempt = [&](auto act) {
+          const auto was = names(cache);
+          const std::uint64_t before = pool.upstream->num_calls();
+          pool.upstream->fail_at(failed ? 0 : k, num, throws);
+          bool done = true;
+          try {
+            act();
+          } catch (const Error&) {
+            done = false;
+          }
+          pool.upstream->fail_at(0);
+          const std::uint64_t calls = pool.upstream->num_calls() - before;
+          const bool reached = !failed && calls >= k;
+          if (!failed && !reached) k -= calls;
+          failed |= reached;
+          cache.trim();  // frees what the failure kept
+          cache.arena().check_integrity();
+          if (done) return;
+          EXPECT_EQ(names(cache), was) << "call " << asked;
+          act();
+        };
+        attempt([&] { cache.evict("a"); });
+        attempt([&] { cache.restore("a", stream(3)); });
+        attempt([&] { cache.allocate(bytes, "a", "u8", Contents::kKeep, stream(3)); });
+        attempt([&] { cache.allocate(8 * kUnit, "c", "u8", Contents::kZero, stream(1)); });
+        attempt([&] {
+          cache.acquire("b", stream(1));
+          cache.release("b", stream(2));
+        });
+        attempt([&] { cache.allocate(7 * kUnit, "a", "u8", Contents::kKeep, stream(1)); });
+        auto lease = cache.allocate(8 * kUnit, "c", "u8", Contents::kKeep, stream(1));
+        attempt([&] { cache.record_use_of(lease->data(), stream(4)); });
+        attempt([&] { cache.allocate(kUnit, "c", "other", Contents::kKeep, stream(1)); });
+        pool.upstream->expect(lease->data(), 8 * kUnit, 0, stream(1));
+        attempt([&] { lease.reset(); });
+        attempt([&] { cache.free("c", stream(1)); });
+        attempt([&] { cache.release_stream(stream(2)); });
+        cache.acquire("b", stream(1));
+        auto b = cache.allocate(bytes, "b", "u8", Contents::kKeep, stream(1));
+        pool.upstream->expect(b->data(), bytes, 2, stream(1));
+        cache.release("b", stream(1));
+        auto a = cache.allocate(7 * kUnit, "a", "u8", Contents::kKeep, stream(1));
+        auto* const rest = static_cast<std::byte*>(a->data()) + bytes;
+        pool.upstream->expect(a->data(), bytes, 1, stream(1));
+        pool.upstream->expect(rest, kUnit, 0, stream(1));
+        EXPECT_EQ(cache.arena().stats().requested_bytes, 13 * kUnit);
+        if (!failed) break;  // the script has fewer calls
       }
-    };
-    attempt([&] { pool.cache->evict("a"); });
-    attempt([&] { pool.cache->restore("a", stream(3)); });
-    attempt([&] { pool.cache->allocate(8 * kUnit, "c", "u8", Contents::kUndefined, stream(1)); });
-    attempt([&] {
-      pool.cache->acquire("b", stream(1));
-      pool.cache->release("b", stream(1));
-    });
-    const bool reached = pool.upstream->num_calls() >= before + k;
-    pool.upstream->fail_at(0);
-    pool.cache->restore("a", stream(1));
-    pool.upstream->expect(data, bytes, 1, stream(1));
-    pool.cache->restore("b", stream(2));
-    pool.cache->arena().check_integrity();
-    if (!reached) {
-      EXPECT_FALSE(failed);
-      break;
     }
-    ASSERT_LT(k, 1000U);
   }
+}
+
+// A tensor dies while the driver fails: its memory is freed by the next call.
+TEST(LayerCacheSwapTest, LeaseEndsWhileTheDriverFails) {
+  Swapping pool(false);
+  auto lease = pool.cache->allocate(1000, "", "u8", Contents::kUndefined, stream(100));
+  for (std::uintptr_t id = 1; id <= 40; ++id) {  // no slot is left for stream 100
+    auto other = pool.cache->allocate(40000, "", "u8", Contents::kUndefined, stream(id));
+    pool.cache->record_use_of(lease->data(), stream(id + 50));
+  }
+  pool.upstream->fail_at(1, 100000, true);
+  lease.reset();
+  EXPECT_EQ(pool.cache->arena().stats().num_blocks, 1U);
+  pool.upstream->fail_at(0);
+  pool.cache->trim();
+  EXPECT_EQ(pool.cache->arena().stats().num_blocks, 0U);
+}
+
+TEST(LayerCacheSwapTest, ConstructorThatFailsLeavesNoStream) {
+  for (std::uint64_t k = 1; k <= 2; ++k) {
+    auto upstream =
+        std::make_shared<FakeUpstream>(FakeUpstream::Options{256 * kUnit, true, kUnit, 0});
+    auto host = std::make_shared<Arena>(upstream, 16 * kUnit);
+    auto arena = std::make_unique<Arena>(upstream, 16 * kUnit);
+    upstream->fail_at(k);
+    EXPECT_THROW(std::make_shared<LayerCache>(std::move(arena), SwapOptions{host, true, 9000}),
+                 DeviceError);
+    EXPECT_EQ(upstream->num_streams(), 0);
+  }
+}
+
+// The stream that used an entry is gone, and its handle may be another stream's by now.
+TEST(LayerCacheSwapTest, DestroyedStreamIsWaitedForAndNotTouched) {
+  Swapping pool(false);
+  void* const user = pool.upstream->create_stream();
+  void* const data = pool.make("layer", 2 * kUnit, 1, user)->data();
+  auto unnamed = pool.cache->allocate(3 * kUnit, "", "u8", Contents::kUndefined, user);
+  pool.upstream->write(unnamed->data(), 3 * kUnit, 2, user);
+  pool.cache->release_stream(user);
+  pool.upstream->destroy_stream(user);
+  unnamed.reset();
+  auto next = pool.cache->allocate(3 * kUnit, "", "u8", Contents::kUndefined, stream(1));
+  pool.upstream->write(next->data(), 3 * kUnit, 3, stream(1));
+  pool.cache->evict("layer");
+  pool.cache->restore("layer", stream(1));
+  pool.upstream->expect(data, 2 * kUnit, 1, stream(1));
+}
+
+TEST(LayerCacheSwapTest, CapturedStreamsNeitherEvictNorRestore) {
+  Swapping pool(true);
+  pool.make("out", 6 * kUnit, 1, stream(1));
+  pool.cache->evict("out");
+  pool.make("layer", 6 * kUnit, 2, stream(2));
+  pool.upstream->begin_capture(stream(2));
+  EXPECT_THROW(pool.cache->evict("layer"), DeviceError);
+  EXPECT_THROW(pool.cache->restore("out", stream(2)), DeviceError);
+  EXPECT_THROW(pool.make("large", 12 * kUnit, 3, stream(1)), OutOfMemory);  // "layer" has to stay
+  EXPECT_THROW(pool.cache->release_stream(stream(2)), InvalidArgument);
+  pool.upstream->end_capture(stream(2));
+  EXPECT_NO_THROW(pool.make("large", 12 * kUnit, 3, stream(1)));
 }
 
 TEST(LayerCacheSwapTest, HostStreamsSwapUnderThreads) {
