@@ -112,10 +112,10 @@ MUTANTS = [
         "FASTGPT_CHECK(true, ",
     ),
     mutant(
-        "slot of a stream inherits what another waited for",
+        "slot of a busy stream given away",
         "stream_order.cpp",
-        "  for (Slot& other : slots_) other.waited[index] = 0;\n",
-        "",
+        "return slot.over >= slot.last; };",
+        "return slot.last > 0; };",
     ),
     mutant(
         "capture waits for the outside",

@@ -29,10 +29,7 @@ struct alignas(64) Block {
   Block* prev = nullptr;
   Block* next = nullptr;
   union {
-    struct {
-      Block* previous;
-      Block* following;
-    } link;                 // kFree: the list of its size
+    std::size_t index;      // kFree: place in the list of its size
     std::size_t requested;  // kLive, kEvicted
   };
   std::uint64_t tick = 0;     // kFree: the fence's

@@ -45,11 +45,10 @@ void Heap::drop_block(Block* block) { spare_.push_back(block); }
 
 void Heap::insert(Block* block) {
   const auto [level, list] = position(block->bytes);
-  Block*& head = lists_[level][list];
+  List& blocks = lists_[level][list];
   block->set(State::kFree);
-  block->link = {nullptr, head};
-  if (head != nullptr) head->link.previous = block;
-  head = block;
+  block->index = blocks.size();
+  blocks.push_back({block->bytes, block});
   used_lists_[level] |= 1U << list;
   used_levels_ |= std::uint64_t{1} << level;
   free_bytes_ += block->bytes;
@@ -57,11 +56,12 @@ void Heap::insert(Block* block) {
 
 void Heap::remove(Block* block) {
   const auto [level, list] = position(block->bytes);
-  const auto [previous, following] = block->link;
-  if (following != nullptr) following->link.previous = previous;
-  if (previous != nullptr) {
-    previous->link.following = following;
-  } else if ((lists_[level][list] = following) == nullptr) {
+  List& blocks = lists_[level][list];
+  const Listed last = blocks.back();
+  blocks[block->index] = last;
+  last.block->index = block->index;
+  blocks.pop_back();
+  if (blocks.empty()) {
     used_lists_[level] &= ~(1U << list);
     if (used_lists_[level] == 0) used_levels_ &= ~(std::uint64_t{1} << level);
   }
@@ -78,24 +78,25 @@ Block* Heap::find_larger(Position at) const {
     level = std::countr_zero(levels);
     lists = used_lists_[level];
   }
-  return lists_[level][std::countr_zero(lists)];
+  return lists_[level][std::countr_zero(lists)].back().block;
 }
 
-Block* Heap::fit(std::size_t bytes, int max_look) const {
+Block* Heap::fit(std::size_t bytes, std::size_t max_look) const {
   const Position own = position(bytes);
-  Block* best = nullptr;
-  int looked = 0;
-  for (Block* block = lists_[own.level][own.list]; block != nullptr && looked < max_look;
-       block = block->link.following, ++looked) {
-    if (block->bytes == bytes) return block;
-    if (block->bytes > bytes && (best == nullptr || block->bytes < best->bytes)) best = block;
+  const List& blocks = lists_[own.level][own.list];
+  const Listed* best = nullptr;
+  const std::size_t num_looks = std::min(max_look, blocks.size());
+  for (std::size_t i = 1; i <= num_looks; ++i) {  // those freed last come first
+    const Listed& listed = *(blocks.end() - std::ptrdiff_t(i));
+    if (listed.bytes == bytes) return listed.block;
+    if (listed.bytes > bytes && (best == nullptr || listed.bytes < best->bytes)) best = &listed;
   }
-  return best != nullptr ? best : find_larger(own);
+  return best != nullptr ? best->block : find_larger(own);
 }
 
 Block* Heap::find(std::size_t bytes) const { return fit(bytes, kMaxLook); }
 
-Block* Heap::find_thoroughly(std::size_t bytes) const { return fit(bytes, 1 << 30); }
+Block* Heap::find_thoroughly(std::size_t bytes) const { return fit(bytes, ~std::size_t{0}); }
 
 Block* Heap::split(Block* block, std::size_t bytes) {
   Block* tail = make_block(block->data + bytes, block->bytes - bytes);
@@ -122,6 +123,9 @@ void Heap::take(Block* block, std::size_t bytes, std::size_t requested) {
 }
 
 Block* Heap::merge_around(Block* block) {
+  // Both neighbours are cold as a rule: ask for both at once.
+  __builtin_prefetch(block->next, 1);
+  __builtin_prefetch(block->prev, 1);
   const auto absorb = [&](Block* left, Block* right) {
     left->bytes += right->bytes;
     left->next = right->next;
@@ -255,9 +259,7 @@ std::size_t Heap::largest_free_bytes() const {
   const int level = 63 - std::countl_zero(used_levels_);
   const int list = 31 - std::countl_zero(used_lists_[level]);
   std::size_t largest = 0;
-  for (Block* block = lists_[level][list]; block != nullptr; block = block->link.following) {
-    largest = std::max(largest, block->bytes);
-  }
+  for (const Listed& listed : lists_[level][list]) largest = std::max(largest, listed.bytes);
   return largest;
 }
 
@@ -293,12 +295,13 @@ void Heap::check_integrity() const {
   std::size_t indexed = 0;
   for (int level = 0; level < kNumLevels; ++level) {
     for (int list = 0; list < kNumLists; ++list) {
-      const Block* head = lists_[level][list];
-      require((head != nullptr) == ((used_lists_[level] >> list & 1U) != 0), "bitmaps are true");
-      for (const Block* block = head; block != nullptr; block = block->link.following) {
+      const List& blocks = lists_[level][list];
+      require(!blocks.empty() == ((used_lists_[level] >> list & 1U) != 0), "bitmaps are true");
+      for (const auto& [bytes, block] : blocks) {
         const Position at = position(block->bytes);
-        require(block->is(State::kFree) && at.level == level && at.list == list,
-                "free blocks hang in the list of their size");
+        require(block->is(State::kFree) && at.level == level && at.list == list &&
+                    block->bytes == bytes && blocks[block->index].block == block,
+                "free blocks are in the list of their size");
         ++indexed;
       }
     }

@@ -14,9 +14,10 @@ namespace fastgpt::memory {
 
 constexpr std::size_t kGranule = 256;  // every address and size is a multiple
 
-/// Two-level segregated fit: free blocks hang in lists by size, 32 lists per power of two, found
-/// through two levels of bitmaps. Neighbours merge when they are freed. Metadata lives here, in
-/// host memory, never in the blocks.
+/// Two-level segregated fit: free blocks are in lists by size, 32 lists per power of two, found
+/// through two levels of bitmaps. A list is an array with the sizes in it: linked through the
+/// blocks as in the paper, each look at one more block would be one more cache miss. Neighbours
+/// merge when they are freed. Metadata lives here, in host memory, never in the blocks.
 ///
 /// Source: M. Masmano et al., TLSF: a new dynamic memory allocator for real-time systems, 2004.
 class Heap {
@@ -60,7 +61,7 @@ class Heap {
  private:
   static constexpr int kNumLists = 32;
   static constexpr int kNumLevels = 40;  // blocks up to 2^47 bytes
-  static constexpr int kMaxLook = 8;
+  static constexpr std::size_t kMaxLook = 8;
   // Blocks in huge pages where there are some: a walk over neighbours misses the TLB less often.
   static constexpr std::size_t kChunkBytes = std::size_t{2} << 20;
   struct FreeChunk {
@@ -73,7 +74,7 @@ class Heap {
 
   static Position position(std::size_t bytes);
   Block* find_larger(Position above) const;
-  Block* fit(std::size_t bytes, int max_look) const;
+  Block* fit(std::size_t bytes, std::size_t max_look) const;
   Block* make_block(std::byte* data, std::size_t bytes);
   void drop_block(Block* block);
   void insert(Block* block);
@@ -81,7 +82,12 @@ class Heap {
   Block* split(Block* block, std::size_t bytes);  // @return the tail, in no index
   Block* merge_around(Block* block);              // both sides; the result is in no index
 
-  std::array<std::array<Block*, kNumLists>, kNumLevels> lists_{};
+  struct Listed {
+    std::size_t bytes;
+    Block* block;
+  };
+  using List = std::vector<Listed>;
+  std::array<std::array<List, kNumLists>, kNumLevels> lists_;
   std::array<std::uint32_t, kNumLevels> used_lists_{};
   std::uint64_t used_levels_ = 0;
   std::size_t free_bytes_ = 0;

@@ -51,7 +51,7 @@ int StreamOrder::slot(void* stream) {
 }
 
 // Old fences may still name the slot. All they waited for is over, so at worst they wait for the
-// slot's new stream without need.
+// slot's new stream without need. What others waited for there is older than any tick to come.
 int StreamOrder::reclaim_slot() {
   poll();
   const auto is_idle = [](const Slot& slot) { return slot.over >= slot.last; };
@@ -70,7 +70,6 @@ int StreamOrder::reclaim_slot() {
   const Event event = found->event;
   *found = Slot{};
   found->event = event;
-  for (Slot& other : slots_) other.waited[index] = 0;
   return index;
 }
 
