@@ -136,20 +136,15 @@ MUTANTS = [
         "block != nullptr && block->is(State::kLive)",
         "block != nullptr",
     ),
-    Mutant(
+    mutant(
         "statistic wrong on a failure path",
-        (
-            (
-                "memory/arena.cpp",
-                "  const bool must_grow = bytes > block->bytes;\n",
-                "  const bool must_grow = bytes > block->bytes;\n  count_live(block, -1);\n",
-            ),
-            (
-                "memory/arena.cpp",
-                "  count_live(block, -1);\n  if (must_grow)",
-                "  if (must_grow)",
-            ),
-        ),
+        "arena.cpp",
+        "block->bytes + next->bytes < bytes || !order.wait(next->fence(), stream))) {\n"
+        "    return false;\n  }\n  count_live(block, -1);\n",
+        "block->bytes + next->bytes < bytes)) {\n    return false;\n  }\n"
+        "  count_live(block, -1);\n"
+        "  if (must_grow && !order.wait(next->fence(), stream)) {\n"
+        "    count_live(block, 1);\n    return false;\n  }\n",
     ),
     mutant(
         "failed free leaves the block dead",

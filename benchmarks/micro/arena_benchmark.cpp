@@ -16,6 +16,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "fastgpt/arena.h"
@@ -81,16 +82,23 @@ std::vector<double> random_pairs(std::size_t num_holes) {
   for (int batch = 0; batch < 20000; ++batch) {
     std::size_t at[kBatch];
     std::size_t bytes[kBatch];
+    void* blocks[kBatch];  // the caller's own pointers are warm
     for (int i = 0; i < kBatch; ++i) {
       at[i] = random() % live.size();
       bytes[i] = size();
+      blocks[i] = std::exchange(live[at[i]], nullptr);
     }
     const auto begin = Clock::now();
     for (int i = 0; i < kBatch; ++i) {
-      arena->free(live[at[i]], nullptr);
-      live[at[i]] = arena->allocate(bytes[i], nullptr);
+      if (blocks[i] != nullptr) arena->free(blocks[i], nullptr);
+      blocks[i] = arena->allocate(bytes[i], nullptr);
     }
-    ns.push_back(ns_since(begin) / kBatch);
+    const double spent = ns_since(begin);
+    for (int i = 0; i < kBatch; ++i) {
+      if (live[at[i]] != nullptr) arena->free(live[at[i]], nullptr);  // drawn twice
+      live[at[i]] = blocks[i];
+    }
+    ns.push_back(spent / kBatch);
   }
   return ns;
 }
@@ -125,6 +133,9 @@ double threads_rate(int num_threads) {
 
 int main(int argc, char** argv) {
   const int most_threads = argc > 1 ? std::atoi(argv[1]) : int(std::thread::hardware_concurrency());
+  // The C library skips the locks of a process with one thread; a service has many.
+  std::atomic<bool> stop{false};
+  std::thread other([&] { stop.wait(false); });
   for (const std::size_t holes : {64, 4096, 65536}) {
     const std::string among = " among " + std::to_string(holes) + " holes";
     report("hot pair, 1 KiB, lane," + among, hot_pair(holes, kKiB, true), "ns");
@@ -144,5 +155,8 @@ int main(int argc, char** argv) {
     report(std::to_string(threads) + " threads", rate, "million pairs/s");
     if (threads > 1) report(std::to_string(threads) + " threads over one", rate / one, "x");
   }
+  stop = true;
+  stop.notify_one();
+  other.join();
   std::printf("%s}\n", json.c_str());
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "memory/block.h"
+#include "memory/spin_lock.h"
 
 namespace fastgpt::memory {
 
@@ -59,7 +60,7 @@ class BlockMap {
     Block* block = nullptr;
   };
   struct alignas(64) Shard {
-    std::mutex mutex;
+    SpinLock mutex;
     std::vector<Entry> table = std::vector<Entry>(16);
     std::size_t size = 0;
   };

@@ -35,8 +35,8 @@ Block* Lanes::pop(void* stream, std::size_t bytes, std::size_t requested) {
   return block;
 }
 
-std::vector<std::unique_lock<std::mutex>> Lanes::lock_all() {
-  std::vector<std::unique_lock<std::mutex>> locks;
+std::vector<std::unique_lock<SpinLock>> Lanes::lock_all() {
+  std::vector<std::unique_lock<SpinLock>> locks;
   locks.reserve(kNumLanes);
   for (Lane& lane : lanes_) locks.emplace_back(lane.mutex);
   return locks;

@@ -9,6 +9,7 @@
 
 #include "memory/block.h"
 #include "memory/heap.h"
+#include "memory/spin_lock.h"
 
 namespace fastgpt::memory {
 
@@ -63,7 +64,7 @@ class Lanes {
     std::uint64_t allocations = 0;
     std::size_t kept = 0;
   };
-  std::vector<std::unique_lock<std::mutex>> lock_all();
+  std::vector<std::unique_lock<SpinLock>> lock_all();
   Counts counts() const;  // all lanes locked
 
   /// counts().requested up to kPublishBytes a lane, without a lock: for peaks.
@@ -80,7 +81,7 @@ class Lanes {
     std::array<Block*, kDepth> blocks{};
   };
   struct alignas(64) Lane {
-    std::mutex mutex;
+    SpinLock mutex;
     void* stream = nullptr;
     std::size_t bytes = 0;
     Counts counts;
