@@ -460,9 +460,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", default="", help="part of the names to run")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names to run")
     arguments = parser.parse_args()
-    changes = [change for change in MUTANTS if arguments.only in change.name]
+    changes = [c for c in MUTANTS if any(part in c.name for part in arguments.only)]
     if not changes:
         sys.exit(f"no mutant's name contains {arguments.only!r}")
     begin = time.monotonic()

@@ -148,6 +148,7 @@ void bind_fake(py::module_& m) {
                          bool throws) { d.driver().fail_at(call, num, throws); })
       .def("is_mapped",
            [](D& d, A data, std::size_t n) { return d.driver().is_mapped(as_pointer(data), n); })
+      .def("created_bytes", [](D& d) { return d.driver().total_bytes() - d.driver().free_bytes(); })
       .def("mapped_bytes", [](D& d) { return d.driver().mapped_bytes(); })
       .def("num_events", [](D& d) { return d.driver().num_events(); })
       .def("violations", [](D& d) { return d.driver().violations(); });

@@ -217,6 +217,7 @@ TEST_P(ArenaTest, EveryDriverCallMayFail) {
         fake->fail_at(0);
         fragile.check_integrity();
         EXPECT_EQ(fragile.stats().reserved_bytes, fake->mapped_bytes()) << "call " << k;
+        EXPECT_EQ(64 * kMiB - fake->free_bytes(), fake->mapped_bytes()) << "call " << k;
         if (!done) {
           failed = true;
           EXPECT_EQ(fragile.stats().requested_bytes, was.requested_bytes) << "call " << k;

@@ -221,6 +221,7 @@ class PoolMachine(RuleBasedStateMachine):
         problems = self.device.violations()
         assert not problems, problems[0]  # I4 I5 I6 I8
         self.device.check_integrity()  # I7
+        assert self.device.created_bytes() == self.device.mapped_bytes()  # I10
         entries = self.device.entries()
         assert {(name, size, leases) for name, size, leases, _ in entries} == {
             (name, entry.memory.num_bytes, self.num_leases(entry.memory))
