@@ -110,7 +110,8 @@ sanitize: $(ENVIRONMENT)
 	    FASTGPT_SANITIZE=address,undefined FASTGPT_CUDA=0 $(PY) setup.py -q build --build-lib build/sanitize-python
 	    PYTHONPATH=build/sanitize-python ASAN_OPTIONS=detect_leaks=0 \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	    $(PY) -P -m pytest -q -m "not gpu and not slow" -k "not opcheck and not compile" tests/python/ops tests/python/test_memory.py
+	    $(PY) -P -m pytest -q -m "not gpu and not slow" -k "not opcheck and not compile" tests/python/ops tests/python/test_memory.py tests/python/memory/test_pool_trace.py \
+	        "tests/python/memory/test_pool_model.py::test_pool_agrees_with_its_model[0]"
 	else
 	    echo "sanitize: no g++ with libasan; the ops were not run"
 	fi

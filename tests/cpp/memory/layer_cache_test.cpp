@@ -245,6 +245,34 @@ TEST(LayerCacheSwapTest, EveryDriverCallMayFail) {
   }
 }
 
+TEST(LayerCacheSwapTest, EntryThatGrowsInPlaceKeepsItsSizeWhenItsFillFails) {
+  for (const Contents contents : {Contents::kZero, Contents::kKeep}) {
+    Swapping pool(false);
+    void* const data = pool.make("layer", kUnit, 1, stream(1))->data();
+    pool.make("", 3 * kUnit, 2, stream(1));  // leaves free memory behind the entry
+    bool failed = false;
+    for (std::uint64_t k = 1;; ++k) {
+      ASSERT_LT(k, 100U);
+      pool.upstream->fail_at(k, 1, true);
+      std::unique_ptr<Lease> lease;
+      try {
+        lease = pool.cache->allocate(2 * kUnit, "layer", "u8", contents, stream(1));
+      } catch (const DeviceError&) {
+        failed = true;
+      }
+      pool.upstream->fail_at(0);
+      if (lease != nullptr) {
+        EXPECT_EQ(lease->data(), data);
+        break;
+      }
+      EXPECT_EQ(pool.cache->arena().stats().requested_bytes, kUnit);
+      EXPECT_EQ(pool.cache->entries()[0].bytes, kUnit);
+      pool.upstream->expect(data, kUnit, 1, stream(1));
+    }
+    EXPECT_TRUE(failed);
+  }
+}
+
 // A tensor dies while the driver fails: its memory is freed by the next call.
 TEST(LayerCacheSwapTest, LeaseEndsWhileTheDriverFails) {
   Swapping pool(false);
