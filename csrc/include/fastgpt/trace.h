@@ -15,7 +15,8 @@ namespace fastgpt {
 /// One JSON object a line, in the order of the calls' ends:
 ///     {"t_us": 12.345, "op": "allocate", "id": 140001, "bytes": 1000, "stream": 0, "thread": 0,
 ///      "name": ""}
-/// t_us      microseconds since start, stream and thread: numbers by first appearance
+/// t_us      microseconds since start
+/// stream    number by first appearance; thread: too, one that ended may hand its number on
 /// id        the block's address, which no other live block has; 0 where an op has no block
 /// bytes     as asked for; 0 where an op has no size
 /// op        of the arena: allocate, free, grow, record_use, evict, restore, trim, release_stream

@@ -44,10 +44,13 @@ def test_trace_of_two_threads_never_has_a_block_twice(tmp_path: Path) -> None:
     """A free is written before the block can be anybody else's."""
     pool = GPTMemoryPool("cpu", budget="64MiB")
     path = tmp_path / "trace.jsonl"
+    both = threading.Barrier(2)  # a thread that ended hands its number on
 
     def work() -> None:
+        both.wait()
         for n in range(300):
             pool.allocate((n * 7 % 100,), dtype=torch.uint8)
+        both.wait()
 
     with pool.trace(path):
         threads = [threading.Thread(target=work) for _ in range(2)]
