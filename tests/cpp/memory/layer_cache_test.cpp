@@ -118,6 +118,8 @@ TEST(LayerCacheSwapTest, PinnedLeasedAndHeldEntriesStay) {
   pool.cache->set_schedule({"layer"});
   pool.cache->pin("layer");
   EXPECT_THROW(pool.cache->evict("layer"), InvalidArgument);
+  EXPECT_THROW(pool.cache->allocate(15 * kUnit, "", "u8", Contents::kUndefined, stream(1)),
+               OutOfMemory);
   EXPECT_THROW(pool.cache->free("layer", stream(1)), InvalidArgument);
   pool.cache->unpin("layer");
   pool.cache->acquire("layer", stream(1));
