@@ -147,7 +147,7 @@ def check_linear(check: Checker, small: bool) -> None:
     shapes = [(48, 64), (17, 40), (130, 136), (5, 1), (33, 257)]
     row_counts = [1, 3, 8, 9, 33, 70]
     if not small:
-        shapes += [(1, 128), (272, 1024), (1543, 384), (96, 4232), (2304, 256)]
+        shapes += [(1, 128), (272, 1024), (1543, 384), (96, 4232), (2304, 256), (17000, 392)]
         row_counts += [2, 16, 17, 64, 65, 127, 131, 257]
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     for n, k in shapes:
