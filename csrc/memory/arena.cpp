@@ -53,13 +53,15 @@ void* Arena::Impl::allocate(std::size_t requested, void* stream) {
   }
   {
     std::lock_guard lock(mutex);
-    if (Block* block = heap.find(bytes)) return hand_out(block, bytes, requested, stream);
+    if (Block* block = spare_ahead(heap.find(bytes), bytes)) {
+      return hand_out(block, bytes, requested, stream);
+    }
   }
   std::lock_guard grow_lock(grow);
   for (bool flushed = false;;) {
     {
       std::lock_guard lock(mutex);
-      if (Block* block = heap.find_thoroughly(bytes)) {
+      if (Block* block = spare_ahead(heap.find_thoroughly(bytes), bytes)) {
         return hand_out(block, bytes, requested, stream);
       }
     }
@@ -70,6 +72,16 @@ void* Arena::Impl::allocate(std::size_t requested, void* stream) {
     }
     fail_out_of_memory(requested);
   }
+}
+
+// Memory that was committed ahead may fit more tightly than every hole. Taking it first would have
+// more committed for it at once, again and again, and leave the holes: it comes last.
+Block* Arena::Impl::spare_ahead(Block* block, std::size_t bytes) {
+  const bool is_ahead =
+      options.ahead_bytes > 0 && block != nullptr && block->data + bytes > high_water;
+  if (!is_ahead) return block;
+  Block* const other = heap.find_other(bytes, block);
+  return other != nullptr ? other : block;
 }
 
 void* Arena::Impl::hand_out(Block* block, std::size_t bytes, std::size_t requested, void* stream) {

@@ -54,6 +54,7 @@ struct Arena::Impl {
   }
   bool flush_lanes(void* const* only);
 
+  Block* spare_ahead(Block* block, std::size_t bytes);
   void* hand_out(Block* block, std::size_t bytes, std::size_t requested, void* stream);
   void take_back(Block* block, void* const* stream, std::uint32_t others);
   void take_from_lane(Block* block, void* stream);

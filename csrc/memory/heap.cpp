@@ -98,6 +98,13 @@ Block* Heap::find(std::size_t bytes) const { return fit(bytes, kMaxLook); }
 
 Block* Heap::find_thoroughly(std::size_t bytes) const { return fit(bytes, ~std::size_t{0}); }
 
+Block* Heap::find_other(std::size_t bytes, Block* block) {
+  remove(block);
+  Block* const other = find_thoroughly(bytes);
+  insert(block);
+  return other;
+}
+
 Block* Heap::split(Block* block, std::size_t bytes) {
   Block* tail = make_block(block->data + bytes, block->bytes - bytes);
   tail->prev = block;

@@ -32,6 +32,8 @@ class Heap {
   Block* find(std::size_t bytes) const;
   /// Like find, but looks at the whole list: for the slow path, before memory is added.
   Block* find_thoroughly(std::size_t bytes) const;
+  /// Another free block of at least `bytes` than the free `block`, or nullptr.
+  Block* find_other(std::size_t bytes, Block* block);
 
   /// Take a free block out of the index and split its tail off. The block becomes kLive; its
   /// fence is the caller's to honour and is cleared here.
