@@ -200,6 +200,8 @@ void LayerCache::free(const std::string& name, void* stream) {
   const auto check = [&](const Buffer& buffer) {
     FASTGPT_CHECK(buffer.num_acquired == 0 && buffer.num_pins == 0, "'", name,
                   "' is pinned or leased; end that before freeing it");
+    FASTGPT_CHECK(!buffer.is_held_on_host, "'", name,
+                  "' is copied through a window; close that before freeing it");
   };
   Buffer* buffer = &settled(name, lock);
   check(*buffer);
@@ -379,6 +381,8 @@ void LayerCache::freeze(const std::string& name) {
 void LayerCache::thaw(const std::string& name) {
   Lock lock(mutex_);
   Buffer& buffer = settled(name, lock);
+  FASTGPT_CHECK(!buffer.is_held_on_host, "'", name,
+                "' is copied through a window; close that before thawing it");
   buffer.is_frozen = false;
   if (buffer.where == Where::kDevice) drop_host_copy(buffer);
   arena_->trace().record("thaw", buffer.data, 0, nullptr, name);

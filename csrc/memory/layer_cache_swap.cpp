@@ -73,6 +73,36 @@ void* LayerCache::allocate_on_host(std::size_t bytes) {
   }
 }
 
+// Queue, behind everybody who uses the buffer, the copy to `host` (null: none) and then `done`.
+void LayerCache::start_eviction(Buffer& buffer, void* host, Event done) {
+  Upstream& upstream = arena_->upstream();
+  for (void* user : buffer.users) {
+    upstream.record(done, user);
+    upstream.wait(out_stream_, done);
+  }
+  for (std::size_t at = 0; host != nullptr && at < buffer.bytes; at += swap_.chunk_bytes) {
+    upstream.copy(static_cast<std::byte*>(host) + at, static_cast<std::byte*>(buffer.data) + at,
+                  std::min(swap_.chunk_bytes, buffer.bytes - at), out_stream_);
+  }
+  upstream.record(done, out_stream_);
+}
+
+// The buffer's memory is gone; `host` holds its bytes, null: its earlier copy does.
+void LayerCache::finish_eviction(Buffer& buffer, void* host) {
+  if (host != nullptr) {
+    drop_host_copy(buffer);
+    buffer.host_data = host;
+    buffer.host_bytes = buffer.bytes;
+    swap_stats_.host_bytes += buffer.bytes;
+  } else {
+    ++swap_stats_.num_clean_evictions;
+  }
+  drop_event(buffer);
+  buffer.users.clear();
+  buffer.where = Where::kHost;
+  ++swap_stats_.num_evictions;
+}
+
 // The lock is open while the device copies; nobody erases or changes a buffer that is leaving. On
 // failure the entry is on the device as before.
 void LayerCache::evict_locked(Buffer& buffer, Lock& lock) {
@@ -84,15 +114,7 @@ void LayerCache::evict_locked(Buffer& buffer, Lock& lock) {
   try {
     if (!is_clean) host = allocate_on_host(buffer.bytes);
     ScopedEvent used(upstream);
-    for (void* user : buffer.users) {
-      upstream.record(used.get(), user);
-      upstream.wait(out_stream_, used.get());
-    }
-    for (std::size_t at = 0; host != nullptr && at < buffer.bytes; at += swap_.chunk_bytes) {
-      upstream.copy(static_cast<std::byte*>(host) + at, static_cast<std::byte*>(buffer.data) + at,
-                    std::min(swap_.chunk_bytes, buffer.bytes - at), out_stream_);
-    }
-    upstream.record(used.get(), out_stream_);
+    start_eviction(buffer, host, used.get());
     upstream.synchronize(used.get());
     arena_->evict(buffer.data);
   } catch (...) {
@@ -105,23 +127,36 @@ void LayerCache::evict_locked(Buffer& buffer, Lock& lock) {
     throw;
   }
   lock.lock();
-  if (host != nullptr) {
-    drop_host_copy(buffer);
-    buffer.host_data = host;
-    buffer.host_bytes = buffer.bytes;
-    swap_stats_.host_bytes += buffer.bytes;
-  }
-  drop_event(buffer);
-  buffer.users.clear();
-  buffer.where = Where::kHost;
-  ++swap_stats_.num_evictions;
-  swap_stats_.num_clean_evictions += is_clean ? 1 : 0;
+  finish_eviction(buffer, host);
   moved_.notify_all();
+}
+
+// Queue the copy back to the device; `stream` waits for it.
+void LayerCache::copy_back(Buffer& buffer, void* stream) {
+  Upstream& upstream = arena_->upstream();
+  ScopedEvent returned(upstream);
+  for (std::size_t at = 0; at < buffer.bytes; at += swap_.chunk_bytes) {
+    upstream.copy(static_cast<std::byte*>(buffer.data) + at,
+                  static_cast<std::byte*>(buffer.host_data) + at,
+                  std::min(swap_.chunk_bytes, buffer.bytes - at), in_stream_);
+  }
+  upstream.record(returned.get(), in_stream_);
+  upstream.wait(stream, returned.get());
+  buffer.returned = returned.release();
+}
+
+void LayerCache::finish_return(Buffer& buffer, void* stream) {
+  if (!buffer.is_frozen) drop_host_copy(buffer);
+  buffer.where = Where::kDevice;
+  buffer.users = {in_stream_, stream};
+  ++swap_stats_.num_restores;
 }
 
 // The lock is open while memory is mapped. On failure the entry is in host memory as before.
 void LayerCache::restore_locked(Buffer& buffer, void* stream, Lock& lock) {
   Upstream& upstream = arena_->upstream();
+  FASTGPT_CHECK(!buffer.is_held_on_host, "'", buffer.name,
+                "' stays in host memory, from where a window copies it; close that first");
   if (upstream.is_capturing(stream)) {
     detail::fail<DeviceError>(__FILE__, __LINE__, "'", buffer.name,
                               "' is evicted, and a stream that is captured into a graph cannot "
@@ -141,15 +176,7 @@ void LayerCache::restore_locked(Buffer& buffer, void* stream, Lock& lock) {
         if (!swap_.evict_when_full || !evict_one(lock)) explain(buffer.name, error);
       }
     }
-    ScopedEvent returned(upstream);
-    for (std::size_t at = 0; at < buffer.bytes; at += swap_.chunk_bytes) {
-      upstream.copy(static_cast<std::byte*>(buffer.data) + at,
-                    static_cast<std::byte*>(buffer.host_data) + at,
-                    std::min(swap_.chunk_bytes, buffer.bytes - at), in_stream_);
-    }
-    upstream.record(returned.get(), in_stream_);
-    upstream.wait(stream, returned.get());
-    buffer.returned = returned.release();
+    copy_back(buffer, stream);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     if (has_memory) {
@@ -160,10 +187,7 @@ void LayerCache::restore_locked(Buffer& buffer, void* stream, Lock& lock) {
     moved_.notify_all();
     throw;
   }
-  if (!buffer.is_frozen) drop_host_copy(buffer);
-  buffer.where = Where::kDevice;
-  buffer.users = {in_stream_, stream};
-  ++swap_stats_.num_restores;
+  finish_return(buffer, stream);
   moved_.notify_all();
 }
 
@@ -174,13 +198,9 @@ void LayerCache::drop_host_copy(Buffer& buffer) noexcept {
   buffer.host_data = nullptr;
 }
 
-void LayerCache::evict(const std::string& name) {
-  Lock lock(mutex_);
-  collect_orphans();
+void LayerCache::check_evictable(const std::string& name, const Buffer& buffer) const {
   FASTGPT_CHECK(swap_.host != nullptr, "this pool has no host memory to evict '", name,
                 "' to; make it with swap_to_cpu");
-  Buffer& buffer = settled(name, lock);
-  if (buffer.where == Where::kHost) return;
   FASTGPT_CHECK(buffer.num_pins == 0, "'", name, "' is pinned; unpin it before evicting it");
   FASTGPT_CHECK(buffer.num_acquired == 0, "'", name, "' is leased; evict it after that");
   FASTGPT_CHECK(may_evict(buffer), "'", name, "' is held by ", buffer.num_leases,
@@ -190,6 +210,14 @@ void LayerCache::evict(const std::string& name) {
                               "' is used by a stream that is being captured into a graph; evict it "
                               "after the capture");
   }
+}
+
+void LayerCache::evict(const std::string& name) {
+  Lock lock(mutex_);
+  collect_orphans();
+  Buffer& buffer = settled(name, lock);
+  if (buffer.where == Where::kHost) return;
+  check_evictable(name, buffer);
   evict_locked(buffer, lock);
 }
 

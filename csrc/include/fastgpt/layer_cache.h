@@ -126,6 +126,17 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
   /// Start to bring an entry back, to the same address; work on `stream` waits for it.
   void restore(const std::string& name, void* stream);
 
+  /// evict for many entries, the copies of one under the unmapping of the one before it.
+  void evict_all(const std::vector<std::string>& names);
+  /// restore for many entries, all memory mapped before the first copy starts: the driver maps
+  /// slowly under load. What does not fit makes room as restore does.
+  void restore_all(const std::vector<std::string>& names, void* stream);
+
+  /// Keep an evicted, frozen entry in host memory, until release_host: restore, allocate and free
+  /// refuse it. @return its bytes. @throws InvalidArgument if it is not evicted and frozen.
+  const void* hold_host(const std::string& name);
+  void release_host(const std::string& name);
+
   bool contains(const std::string& name) const;
   std::vector<EntryInfo> entries() const;  // largest first
   SwapStats swap_stats() const;
@@ -144,6 +155,7 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
     int num_acquired = 0;
     int schedule_index = -1;
     bool is_frozen = false;
+    bool is_held_on_host = false;
     bool is_moving = false;  // its name is on the way to other memory
     Where where = Where::kDevice;
     std::vector<void*> users;   // streams with work on it since it is on the device
@@ -185,6 +197,11 @@ class LayerCache : public std::enable_shared_from_this<LayerCache> {
   void evict_locked(Buffer& buffer, Lock& lock);
   void restore_locked(Buffer& buffer, void* stream, Lock& lock);
   void* allocate_on_host(std::size_t bytes);
+  void check_evictable(const std::string& name, const Buffer& buffer) const;
+  void start_eviction(Buffer& buffer, void* host, Event done);
+  void finish_eviction(Buffer& buffer, void* host);
+  void copy_back(Buffer& buffer, void* stream);
+  void finish_return(Buffer& buffer, void* stream);
   bool evict_one(Lock& lock);
   bool may_evict(const Buffer& buffer) const;
   bool is_captured(const Buffer& buffer) const;
