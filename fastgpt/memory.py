@@ -1,10 +1,14 @@
 """The memory pool: one owner for weights, KV cache and workspaces, under one budget."""
 
 import os
-from collections.abc import Iterator, Sequence
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,8 +23,28 @@ __all__ = ["GPTMemoryPool", "PoolEntry", "PoolStats", "device_memory"]
 
 _CONTENTS = {"undefined": 0, "zero": 1, "keep": 2}
 _HANDLE_BYTES = 64 << 20
-_SWAP_HANDLE_BYTES = 16 << 20  # memory leaves in whole handles: smaller ones follow layers closer
 _DEFAULT_BUDGET = "0.9"  # of what is free when the pool is made
+
+# DLPack's (code, bits) of the types it knows; others travel as bytes.
+_DLPACK = {
+    torch.int8: (0, 8), torch.int16: (0, 16), torch.int32: (0, 32), torch.int64: (0, 64),
+    torch.uint8: (1, 8), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64),
+    torch.bfloat16: (4, 16), torch.complex64: (5, 64), torch.complex128: (5, 128),
+    torch.bool: (6, 8),
+}  # fmt: skip
+_BYTES = (1, 8)
+
+_POOLS: "weakref.WeakSet[GPTMemoryPool]" = weakref.WeakSet()
+
+
+def _forget_after_fork() -> None:
+    """Let every pool notice that this process did not make it."""
+    for pool in _POOLS:
+        pool._lock = threading.Lock()  # another thread may have held it
+        pool._recent.clear()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +143,45 @@ def _cuda_index(device: torch.device) -> int:
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
+def _swap_handle_bytes(budget_bytes: int, smallest: int) -> int:
+    """Return the size of one piece of physical memory in a pool that evicts.
+
+    Memory leaves in whole pieces: small ones follow the entries closer, large ones are mapped and
+    unmapped faster. A 64th of the budget, as a power of two from `smallest` to 256 MiB.
+
+    >>> _swap_handle_bytes(1 << 30, 2 << 20) >> 20
+    16
+    """
+    return min(256 << 20, max(smallest, 1 << max(0, (budget_bytes >> 6) - 1).bit_length()))
+
+
+# Functions that torch's caching allocator calls may be called until the process ends.
+_ALLOCATORS: "dict[int, torch.cuda.memory.CUDAPluggableAllocator]" = {}
+
+
+def _c_allocator(slot: int) -> "torch.cuda.memory.CUDAPluggableAllocator":
+    """Return torch's wrapper of our C functions of a slot."""
+    if slot not in _ALLOCATORS:
+        library = Path(_C.__file__).with_name("libfastgpt.so")
+        _ALLOCATORS[slot] = torch.cuda.memory.CUDAPluggableAllocator(
+            str(library), f"fastgpt_allocate_{slot}", f"fastgpt_free_{slot}"
+        )
+    return _ALLOCATORS[slot]
+
+
+# What was allocated last under a name: shape, dtype, stream, and what makes a new tensor of its
+# storage and version counter. It answers without native code, and holds a lease: it is dropped
+# before anything whose meaning depends on who holds the name.
+_Recent = tuple[tuple[int, ...], torch.dtype, int, Callable[[], Tensor]]
+
+
+def _stream_getter(cuda_index: int) -> Callable[[], int]:
+    """Return a function that returns the current stream of a device, 0 on the CPU (-1)."""
+    if cuda_index < 0:
+        return int
+    return partial(torch._C._cuda_getCurrentRawStream, cuda_index)
+
+
 class GPTMemoryPool:
     """A two-level memory pool of one device: an arena, and named buffers that persist.
 
@@ -135,6 +198,9 @@ class GPTMemoryPool:
             lowered to 0.9 of it.
         host_budget: limit of the host memory for evicted entries, in the same forms; then the pool
             evicts before it reports OutOfMemory. None: nothing is evicted.
+
+    Attributes:
+        current_stream: returns torch's current stream of the device as a number.
 
     Raises:
         InvalidArgument: for another device or an unreadable budget.
@@ -165,9 +231,18 @@ class GPTMemoryPool:
         host_bytes = 0
         if host_budget is not None:
             host_bytes = resolve_bytes(host_budget, device_memory("cpu")[0])
-        handle_bytes = _HANDLE_BYTES if host_budget is None else _SWAP_HANDLE_BYTES
+        handle_bytes = _HANDLE_BYTES
+        if host_budget is not None:
+            handle_bytes = _swap_handle_bytes(self.budget_bytes, 64 << 10 if index < 0 else 2 << 20)
         self._pool = _C.MemoryPool(index, self.budget_bytes, handle_bytes, host_bytes)
         self._pid = os.getpid()
+        self.current_stream = _stream_getter(index)
+        self._recent: dict[str | None, _Recent] = {}
+        self._num_changes = 0
+        self._lock = threading.Lock()
+        self._remembers = host_budget is None  # what may be evicted is asked for anew
+        self._mempool: weakref.ref[torch.cuda.MemPool] | None = None
+        _POOLS.add(self)
 
     def allocate(
         self,
@@ -194,10 +269,26 @@ class GPTMemoryPool:
             OutOfMemory: if budget or device have no room; names the largest entries.
             InvalidArgument: for a negative size, an unknown contents or an empty name.
         """
+        recent = self._recent.get(layer_name)
+        if (
+            recent is not None
+            and recent[0] == shape
+            and recent[1] is dtype
+            and contents == "undefined"
+            and recent[2] == self.current_stream()
+        ):
+            return recent[3]()
+        recent = None  # it would hold the name
+        return self._allocate(shape, layer_name, dtype, contents)
+
+    def _allocate(
+        self, shape: Sequence[int], layer_name: str | None, dtype: torch.dtype, contents: str
+    ) -> Tensor:
+        """Do what allocate says, whatever was asked before."""
         if contents not in _CONTENTS:
             raise InvalidArgument(f"contents is {contents!r}; expected one of {list(_CONTENTS)}")
-        sizes = tuple(int(size) for size in shape)
-        if any(size < 0 for size in sizes):
+        sizes = shape if type(shape) is tuple else tuple(int(size) for size in shape)
+        if sizes and min(sizes) < 0:
             raise InvalidArgument(f"shape is {sizes}; sizes cannot be negative")
         if layer_name == "":
             raise InvalidArgument("layer_name is empty; pass None for a buffer without a name")
@@ -206,15 +297,37 @@ class GPTMemoryPool:
                 f"this pool belongs to process {self._pid}, this is {os.getpid()}; "
                 "make a pool after the fork"
             )
+        change = self._forget(layer_name)
+        stream = self.current_stream()
         num_bytes = prod(sizes) * dtype.itemsize
-        layout = f"{dtype}{sizes}"
+        code, bits = _DLPACK.get(dtype, _BYTES)
+        known = dtype in _DLPACK
         capsule = self._pool.allocate(
-            num_bytes, layer_name or "", layout, _CONTENTS[contents], self._stream()
-        )
+            sizes if known else (num_bytes,), code, bits, num_bytes, layer_name or "",
+            f"{dtype}{sizes}" if layer_name else "", _CONTENTS[contents], stream,
+        )  # fmt: skip
         if num_bytes == 0:  # nothing to borrow; the entry exists all the same
             return torch.empty(sizes, dtype=dtype, device=self.device)
-        base: Tensor = from_dlpack(capsule)
-        return base.view(dtype).view(sizes)
+        tensor: Tensor
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # a tensor like any other, whoever asks next
+                tensor = from_dlpack(capsule)
+        else:
+            tensor = from_dlpack(capsule)
+        if not known:
+            tensor = tensor.view(dtype).view(sizes).detach()
+        if layer_name is not None and self._remembers:
+            with self._lock:
+                if self._num_changes == change:  # no other thread freed the name meanwhile
+                    self._recent[layer_name] = (sizes, dtype, stream, tensor.detach().detach)
+        return tensor
+
+    def _forget(self, layer_name: str | None) -> int:
+        """Drop what is remembered of a name; return a number that the next such call changes."""
+        with self._lock:
+            self._recent.pop(layer_name, None)
+            self._num_changes += 1
+            return self._num_changes
 
     def free(self, layer_name: str) -> None:
         """Forget a name; its memory returns to the arena with the last tensor that holds it.
@@ -222,7 +335,9 @@ class GPTMemoryPool:
         Raises:
             InvalidArgument: if the pool has no such name.
         """
-        self._pool.free(layer_name, self._stream())
+        self._forget(layer_name)
+        self._pool.free(layer_name, self.current_stream())
+        self._forget(layer_name)
 
     def pin(self, layer_name: str) -> None:
         """Keep an entry on the device until unpin; counts. CUDA graphs need their entries pinned.
@@ -247,7 +362,7 @@ class GPTMemoryPool:
             OutOfMemory: if there is no room to bring one back.
         """
         held = []
-        stream = self._stream()
+        stream = self.current_stream()
         try:
             for name in layer_names:
                 self._pool.acquire(name, stream)
@@ -255,7 +370,7 @@ class GPTMemoryPool:
             yield
         finally:
             for name in held:
-                self._pool.release(name, self._stream())
+                self._pool.release(name, self.current_stream())
 
     def set_schedule(self, layer_names: Sequence[str]) -> None:
         """Name the entries that are used in this order, again and again, each within `lease`.
@@ -268,19 +383,20 @@ class GPTMemoryPool:
         """
         self._pool.set_schedule(list(layer_names))
 
-    def evict(self, layer_name: str) -> None:
-        """Move an entry to host memory; its address stays its own. Returns when that is done.
+    def evict(self, *layer_names: str) -> None:
+        """Move entries to host memory; their addresses stay theirs. Returns when that is done.
 
         Raises:
-            InvalidArgument: if the pool was made without host_budget, or the entry is pinned,
-                leased, or held by tensors and not in the schedule.
+            InvalidArgument: if the pool was made without host_budget, or an entry is pinned,
+                leased, or held by tensors and not in the schedule; then nothing moves.
             OutOfMemory: if the host budget has no room.
         """
-        self._pool.evict(layer_name)
+        self._recent.clear()
+        self._pool.evict_all(list(layer_names))
 
-    def restore(self, layer_name: str) -> None:
-        """Start to bring an entry back; work on the current stream waits for it."""
-        self._pool.restore(layer_name, self._stream())
+    def restore(self, *layer_names: str) -> None:
+        """Start to bring entries back; work on the current stream waits for them."""
+        self._pool.restore_all(list(layer_names), self.current_stream())
 
     def freeze(self, layer_name: str) -> None:
         """Promise that nobody writes to an entry until thaw: evicting it again copies nothing."""
@@ -300,12 +416,54 @@ class GPTMemoryPool:
         Raises:
             InvalidArgument: if the tensor's memory is not of this pool.
         """
-        handle = self._stream() if stream is None else int(stream.cuda_stream)
+        handle = self.current_stream() if stream is None else int(stream.cuda_stream)
         self._pool.record_use(tensor.untyped_storage().data_ptr(), handle)
 
     def release_stream(self, stream: "torch.cuda.Stream") -> None:
         """Forget a stream before it is destroyed."""
+        self._recent.clear()
         self._pool.release_stream(int(stream.cuda_stream))
+
+    def open_window(self, window: Tensor, parts: Sequence[Sequence[str]]) -> "_C.WeightWindow":
+        """Return a native window that copies evicted, frozen entries, part after part.
+
+        The entries stay in host memory until it is closed; see fastgpt/weight_window.h.
+
+        Args:
+            window: uint8 memory of this pool, at least _C.WeightWindow.bytes_for(sizes) long.
+            parts: names of the entries of each part, in the order of use.
+
+        Raises:
+            InvalidArgument: if there is no part, one is empty, or an entry is not evicted and
+                frozen.
+        """
+        names = [list(part) for part in parts]
+        return _C.WeightWindow(self._pool, window.data_ptr(), window.nbytes, names)
+
+    def as_mempool(self) -> "torch.cuda.MemPool":
+        """Return a torch.cuda.MemPool that takes its memory from this pool, under its budget.
+
+        Inside `with torch.cuda.use_mem_pool(pool.as_mempool()):` every torch allocation of this
+        thread comes from here, also while a CUDA graph is captured. torch's caching allocator asks
+        for segments (2 MiB, 20 MiB or more) through C functions and divides them itself; it gives
+        them back when the MemPool dies. MemPool and pool may die in any order. While it lives the
+        same MemPool is returned again.
+
+        Raises:
+            InvalidArgument: for a pool of the CPU, where torch has no such thing, or when 16
+                MemPools of this kind live.
+        """
+        if self.device.type != "cuda":
+            raise InvalidArgument(
+                f"this pool is on {self.device}; torch.cuda.MemPool needs a pool of a CUDA device"
+            )
+        mempool = self._mempool() if self._mempool is not None else None
+        if mempool is None:
+            slot = self._pool.open_c_allocator()
+            mempool = torch.cuda.MemPool(_c_allocator(slot).allocator())
+            weakref.finalize(mempool, _C.close_c_allocator, slot).atexit = False
+            self._mempool = weakref.ref(mempool)
+        return mempool
 
     def snapshot(self) -> dict[str, Any]:
         """Return the layout of the pool's memory in the form of torch.cuda.memory._snapshot.
@@ -358,9 +516,12 @@ class GPTMemoryPool:
             InvalidArgument: if the file cannot be written, or a trace is running.
         """
         self._pool.start_trace(os.fspath(path))
+        remembers, self._remembers = self._remembers, False  # a hit is a line, too
+        self._recent.clear()
         try:
             yield
         finally:
+            self._remembers = remembers
             self._pool.stop_trace()
 
     def __contains__(self, layer_name: str) -> bool:
@@ -372,6 +533,7 @@ class GPTMemoryPool:
 
     def entries(self) -> list[PoolEntry]:
         """Return the named buffers, largest first."""
+        self._recent.clear()
         return [PoolEntry(*entry) for entry in self._pool.entries()]
 
     def trim(self) -> int:
@@ -385,11 +547,6 @@ class GPTMemoryPool:
     def check_integrity(self) -> None:
         """Verify the arena's bookkeeping. Raises RuntimeError naming a broken invariant."""
         self._pool.check_integrity()
-
-    def _stream(self) -> int:
-        if self.device.type == "cpu":
-            return 0
-        return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     def __repr__(self) -> str:
         stats = self.stats()

@@ -11,7 +11,8 @@ struct DLDevice {
 };
 
 struct DLDataType {
-  std::uint8_t code;  // kDLUInt = 1
+  std::uint8_t
+      code;  // kDLInt = 0, kDLUInt = 1, kDLFloat = 2, kDLBfloat = 4, kDLComplex = 5, kDLBool = 6
   std::uint8_t bits;
   std::uint16_t lanes;
 };

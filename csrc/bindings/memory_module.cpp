@@ -1,12 +1,16 @@
-// fastgpt._C.MemoryPool: the layer cache, its buffers leaving as DLPack capsules of bytes.
+// fastgpt._C.MemoryPool: the layer cache, its buffers leaving as DLPack capsules.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <memory>
 
 #include "bindings/dlpack.h"
 #include "bindings/module.h"
+#include "fastgpt/c_allocator.h"
+#include "fastgpt/check.h"
 #include "fastgpt/layer_cache.h"
+#include "fastgpt/weight_window.h"
 
 namespace py = pybind11;
 
@@ -16,16 +20,22 @@ namespace {
 /// What a capsule owns: the structure handed out and the lease that ends with it.
 struct ManagedLease {
   DLManagedTensor managed{};
-  std::int64_t num_bytes = 0;
+  std::vector<std::int64_t> shape;
   std::unique_ptr<Lease> lease;
 };
 
-py::capsule to_capsule(std::unique_ptr<Lease> lease, const Upstream& upstream) {
+py::capsule to_capsule(std::unique_ptr<Lease> lease, std::vector<std::int64_t> shape,
+                       DLDataType dtype, const Upstream& upstream) {
   auto owner = std::make_unique<ManagedLease>();
-  owner->num_bytes = std::int64_t(lease->bytes());
+  owner->shape = std::move(shape);
   const bool cpu = upstream.device_type() == DeviceType::kCPU;
-  owner->managed.dl_tensor = {
-      lease->data(), {cpu ? 1 : 2, upstream.device()}, 1, {1, 8, 1}, &owner->num_bytes, nullptr, 0};
+  owner->managed.dl_tensor = {lease->data(),
+                              {cpu ? 1 : 2, upstream.device()},
+                              int(owner->shape.size()),
+                              dtype,
+                              owner->shape.data(),
+                              nullptr,
+                              0};
   owner->managed.manager_ctx = owner.get();
   owner->managed.deleter = [](DLManagedTensor* self) {
     delete static_cast<ManagedLease*>(self->manager_ctx);
@@ -64,14 +74,17 @@ class MemoryPool {
              std::size_t host_bytes)
       : cache_(make_cache(cuda_device, budget_bytes, handle_bytes, host_bytes)) {}
 
-  py::capsule allocate(std::size_t bytes, const std::string& name, const std::string& layout,
-                       int contents, std::uintptr_t stream) {
+  // dtype: DLPack's code and bits; bytes: of the whole shape.
+  py::capsule allocate(std::vector<std::int64_t> shape, int code, int bits, std::size_t bytes,
+                       const std::string& name, const std::string& layout, int contents,
+                       std::uintptr_t stream) {
     std::unique_ptr<Lease> lease;
     {
       py::gil_scoped_release release;
       lease = cache_->allocate(bytes, name, layout, Contents(contents), as_stream(stream));
     }
-    return to_capsule(std::move(lease), cache_->arena().upstream());
+    return to_capsule(std::move(lease), std::move(shape),
+                      {std::uint8_t(code), std::uint8_t(bits), 1}, cache_->arena().upstream());
   }
 
   void free(const std::string& name, std::uintptr_t stream) {
@@ -152,6 +165,14 @@ class MemoryPool {
   void thaw(const std::string& name) { cache_->thaw(name); }
   void evict(const std::string& name) { cache_->evict(name); }
   void set_schedule(const std::vector<std::string>& names) { cache_->set_schedule(names); }
+  void evict_all(const std::vector<std::string>& names) { cache_->evict_all(names); }
+  void restore_all(const std::vector<std::string>& names, std::uintptr_t stream) {
+    cache_->restore_all(names, as_stream(stream));
+  }
+  int open_c_allocator() {
+    return fastgpt::open_c_allocator(std::shared_ptr<Arena>(cache_, &cache_->arena()));
+  }
+  const std::shared_ptr<LayerCache>& cache() const { return cache_; }
   void acquire(const std::string& name, std::uintptr_t stream) {
     cache_->acquire(name, as_stream(stream));
   }
@@ -178,6 +199,70 @@ class MemoryPool {
   std::shared_ptr<LayerCache> cache_;
 };
 
+/// A window over evicted, frozen entries, which stay in host memory while it lives.
+class Window {
+ public:
+  Window(const MemoryPool& pool, std::uintptr_t data, std::size_t bytes,
+         const std::vector<std::vector<std::string>>& names)
+      : cache_(pool.cache()) {
+    std::map<std::string, std::size_t> sizes;
+    for (const EntryInfo& entry : cache_->entries()) sizes[entry.name] = entry.bytes;
+    std::vector<WeightWindow::Part> parts;
+    try {
+      for (const auto& part_names : names) {
+        WeightWindow::Part part;
+        for (const std::string& name : part_names) {
+          part.push_back({cache_->hold_host(name), sizes[name]});
+          held_.push_back(name);
+        }
+        parts.push_back(std::move(part));
+      }
+      window_ = std::make_unique<WeightWindow>(
+          std::shared_ptr<Upstream>(cache_, &cache_->arena().upstream()),
+          reinterpret_cast<void*>(data), bytes, std::move(parts));
+    } catch (...) {
+      close();
+      throw;
+    }
+  }
+  ~Window() { close(); }
+  Window(const Window&) = delete;
+  Window& operator=(const Window&) = delete;
+
+  void close() {
+    window_.reset();
+    for (const std::string& name : held_) cache_->release_host(name);
+    held_.clear();
+  }
+  std::uintptr_t address(std::size_t part, std::size_t piece) const {
+    return reinterpret_cast<std::uintptr_t>(open().address(part, piece));
+  }
+  std::size_t bytes_per_pass() const { return open().bytes_per_pass(); }
+  void begin(std::uintptr_t stream) { open().begin(as_stream(stream)); }
+  void acquire(std::size_t part, std::uintptr_t stream) { open().acquire(part, as_stream(stream)); }
+  void release(std::size_t part, std::uintptr_t stream) { open().release(part, as_stream(stream)); }
+
+  static std::size_t bytes_for(const std::vector<std::vector<std::size_t>>& sizes) {
+    std::vector<WeightWindow::Part> parts;
+    for (const auto& part_sizes : sizes) {
+      WeightWindow::Part part;
+      for (const std::size_t bytes : part_sizes) part.push_back({nullptr, bytes});
+      parts.push_back(std::move(part));
+    }
+    return WeightWindow::bytes_for(parts);
+  }
+
+ private:
+  WeightWindow& open() const {
+    FASTGPT_CHECK(window_ != nullptr, "the window is closed");
+    return *window_;
+  }
+
+  const std::shared_ptr<LayerCache> cache_;
+  std::vector<std::string> held_;
+  std::unique_ptr<WeightWindow> window_;
+};
+
 }  // namespace
 
 void bind_memory(py::module_& m) {
@@ -185,8 +270,9 @@ void bind_memory(py::module_& m) {
   py::class_<MemoryPool>(m, "MemoryPool")
       .def(py::init<int, std::size_t, std::size_t, std::size_t>(), py::arg("cuda_device"),
            py::arg("budget_bytes"), py::arg("handle_bytes"), py::arg("host_bytes"))
-      .def("allocate", &MemoryPool::allocate, py::arg("bytes"), py::arg("name"), py::arg("layout"),
-           py::arg("contents"), py::arg("stream"))
+      .def("allocate", &MemoryPool::allocate, py::arg("shape"), py::arg("code"), py::arg("bits"),
+           py::arg("bytes"), py::arg("name"), py::arg("layout"), py::arg("contents"),
+           py::arg("stream"))
       .def("free", &MemoryPool::free, py::arg("name"), py::arg("stream"))
       .def("stats", &MemoryPool::stats)
       .def("entries", &MemoryPool::entries)
@@ -200,6 +286,9 @@ void bind_memory(py::module_& m) {
       .def("acquire", &MemoryPool::acquire, no_gil, py::arg("name"), py::arg("stream"))
       .def("release", &MemoryPool::release, no_gil, py::arg("name"), py::arg("stream"))
       .def("set_schedule", &MemoryPool::set_schedule, no_gil, py::arg("names"))
+      .def("evict_all", &MemoryPool::evict_all, no_gil, py::arg("names"))
+      .def("restore_all", &MemoryPool::restore_all, no_gil, py::arg("names"), py::arg("stream"))
+      .def("open_c_allocator", &MemoryPool::open_c_allocator)
       .def("record_use", &MemoryPool::record_use, no_gil, py::arg("data"), py::arg("stream"))
       .def("release_stream", &MemoryPool::release_stream, no_gil, py::arg("stream"))
       .def("start_trace", &MemoryPool::start_trace, py::arg("path"))
@@ -208,6 +297,18 @@ void bind_memory(py::module_& m) {
       .def("trim", &MemoryPool::trim)
       .def("reset_peaks", &MemoryPool::reset_peaks)
       .def("check_integrity", &MemoryPool::check_integrity);
+  py::class_<Window>(m, "WeightWindow")
+      .def(py::init<const MemoryPool&, std::uintptr_t, std::size_t,
+                    const std::vector<std::vector<std::string>>&>(),
+           py::arg("pool"), py::arg("data"), py::arg("bytes"), py::arg("names"))
+      .def_static("bytes_for", &Window::bytes_for, py::arg("sizes"))
+      .def("close", &Window::close, no_gil)
+      .def("address", &Window::address, py::arg("part"), py::arg("piece"))
+      .def_property_readonly("bytes_per_pass", &Window::bytes_per_pass)
+      .def("begin", &Window::begin, no_gil, py::arg("stream"))
+      .def("acquire", &Window::acquire, no_gil, py::arg("part"), py::arg("stream"))
+      .def("release", &Window::release, no_gil, py::arg("part"), py::arg("stream"));
+  m.def("close_c_allocator", &close_c_allocator, no_gil, py::arg("slot"));
   m.def(
       "device_memory",
       [](int cuda_device) {
