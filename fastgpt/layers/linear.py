@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.ops import ArrangedWeight
+from fastgpt.ops import ArrangedWeight, scratch
 
 __all__ = ["Linear", "Projection", "SplitLinear"]
 
@@ -45,7 +44,7 @@ class SplitLinear:
     def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Return [num_tokens, out_features] of x [num_tokens, in_features], in out if given."""
         if out is None:
-            out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+            out = scratch.empty((x.shape[0], self.out_features), x.dtype, x.device)
         for part, (start, width) in zip(self.parts, self.columns, strict=True):
             part(x, out=out.narrow(1, start, width))
         return out

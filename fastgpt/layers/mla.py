@@ -12,6 +12,7 @@ from fastgpt.batch import Batch
 from fastgpt.layers.attention import Workspace
 from fastgpt.layers.linear import Projection
 from fastgpt.layers.norm import RmsNorm
+from fastgpt.ops import scratch
 
 __all__ = ["MlaAttention"]
 
@@ -81,7 +82,8 @@ class MlaAttention:
         q = q.view(num_tokens, self.num_heads, self.nope_dim + self.rope_dim)
         kv_latent = self.kv_norm(kv_latent)
 
-        absorbed = x.new_empty((num_tokens, self.num_heads, self.latent_dim + self.rope_dim))
+        shape = (num_tokens, self.num_heads, self.latent_dim + self.rope_dim)
+        absorbed = scratch.empty(shape, x.dtype, x.device)
         ops.batched_linear(
             q.narrow(2, 0, self.nope_dim), self.key_up, out=absorbed.narrow(2, 0, self.latent_dim)
         )
@@ -91,7 +93,8 @@ class MlaAttention:
             batch.positions, self.cos_sin, q_pe, k_pe.unsqueeze(1), interleaved=self.interleaved
         )
         ops.write_mla(kv_latent, k_pe, batch.slot_mapping, kv_cache)
-        out_latent = x.new_empty((num_tokens, self.num_heads, self.latent_dim))
+        shape = (num_tokens, self.num_heads, self.latent_dim)
+        out_latent = scratch.empty(shape, x.dtype, x.device)
         ops.mla_attention(
             absorbed,
             kv_cache,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.layers.linear import Projection
-from fastgpt.ops import ArrangedWeight
+from fastgpt.ops import ArrangedWeight, scratch
 
 __all__ = ["ExpertProduct", "GatedFeedForward", "MixtureOfExperts"]
 
@@ -71,7 +71,7 @@ class MixtureOfExperts:
     def __call__(self, x: Tensor) -> Tensor:
         """Return [num_tokens, hidden] of x [num_tokens, hidden]."""
         num_tokens, hidden = x.shape
-        logits = torch.empty((num_tokens, self.num_experts), dtype=torch.float32, device=x.device)
+        logits = scratch.empty((num_tokens, self.num_experts), torch.float32, x.device)
         self.router(x, out=logits)
         expert_ids, weights = ops.moe_route(
             logits,

@@ -14,6 +14,7 @@ from fastgpt.layers.linear import Projection
 from fastgpt.layers.norm import RmsNorm
 from fastgpt.layers.weights import Allocate
 from fastgpt.models.spec import ModelConfig
+from fastgpt.ops import scratch
 
 __all__ = ["Block", "KVLayout", "Layer", "Model"]
 
@@ -145,21 +146,19 @@ class Model:
                 f"max_seq_len is {batch.max_seq_len}, but the model was built for positions below "
                 f"{self.max_position}"
             )
-        residual = torch.empty(
-            (batch.token_ids.shape[0], self.config.hidden_size),
-            dtype=self.dtype,
-            device=self.device,
-        )
+        shape = (batch.token_ids.shape[0], self.config.hidden_size)
+        residual = scratch.empty(shape, self.dtype, self.device)
         ops.embedding(batch.token_ids, self.embedding, out=residual)
         x = self.first_norm(residual)
         for block, cache in zip(self.blocks, kv_cache.unbind(1), strict=True):
+            scratch.next_layer()
             x = block.post_norm.add(block.attention(x, batch, cache), residual)
             x = block.next_norm.add(block.feed_forward(x), residual)
+        scratch.next_layer(last=True)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return next-token logits of rows of `forward`, [n, hidden] -> [n, vocab], float32."""
-        out = torch.empty(
-            (hidden.shape[0], self.config.vocab_size), dtype=torch.float32, device=self.device
-        )
+        shape = (hidden.shape[0], self.config.vocab_size)
+        out = scratch.empty(shape, torch.float32, self.device)
         return self.head(hidden, out=out)

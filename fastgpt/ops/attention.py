@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastgpt import _C
 from fastgpt.ops._library import call
+from fastgpt.ops.scratch import empty
 
 __all__ = ["attention", "attention_workspace_bytes", "mla_attention"]
 
@@ -86,7 +87,7 @@ def attention(
     """
     if out is None:
         width = q.shape[2] if head_dim_v is None else head_dim_v
-        out = q.new_empty(q.shape[0], q.shape[1], width)
+        out = empty((q.shape[0], q.shape[1], width), q.dtype, q.device)
         workspace = _workspace(out, max_seq_len) if workspace is None else workspace
     call(
         _ops.attention.default,
@@ -129,7 +130,7 @@ def mla_attention(
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
     """
     if out is None:
-        out = q.new_empty(q.shape[0], q.shape[1], head_dim_v)
+        out = empty((q.shape[0], q.shape[1], head_dim_v), q.dtype, q.device)
         workspace = _workspace(out, max_seq_len) if workspace is None else workspace
     call(
         _ops.mla_attention.default,

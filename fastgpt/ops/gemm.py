@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgpt import _C
 from fastgpt.errors import InvalidArgument, UnsupportedFormat
 from fastgpt.ops._library import call
+from fastgpt.ops.scratch import empty
 
 __all__ = ["ArrangedWeight", "arrange", "batched_linear", "grouped_linear", "linear"]
 
@@ -225,7 +226,7 @@ def linear(
         InvalidArgument: if shapes, dtypes or strides do not fit.
     """
     if out is None:
-        out = x.new_empty((x.shape[0], _features(weight)), dtype=dtype or x.dtype)
+        out = empty((x.shape[0], _features(weight)), dtype or x.dtype, x.device)
     _run("linear", x, weight, bias, out)
     return out
 
@@ -256,7 +257,7 @@ def grouped_linear(
         InvalidArgument: if shapes, dtypes, strides or (on the CPU) indices do not fit.
     """
     if out is None:
-        out = x.new_empty((sorted_rows.shape[0], _features(weight)))
+        out = empty((sorted_rows.shape[0], _features(weight)), x.dtype, x.device)
     _run("grouped_linear", x, weight, sorted_rows, offsets, rows_per_token, out)
     return out
 
@@ -279,7 +280,7 @@ def batched_linear(
     if isinstance(weight, ArrangedWeight) and weight.format not in _DENSE:
         raise UnsupportedFormat(f"batched_linear takes dense weights, not {weight.format}")
     if out is None:
-        out = x.new_empty((x.shape[0], x.shape[1], _features(weight)))
+        out = empty((x.shape[0], x.shape[1], _features(weight)), x.dtype, x.device)
     _run("batched_linear", x, weight, out)
     return out
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops._library import call
+from fastgpt.ops.scratch import empty
 
 __all__ = ["moe_combine", "moe_route", "moe_sort"]
 
@@ -47,9 +48,9 @@ def moe_route(
     Source: DeepSeek-V2, arXiv:2405.04434; DeepSeek-V3, arXiv:2412.19437.
     """
     if expert_ids is None:
-        expert_ids = logits.new_empty(logits.shape[0], top_k, dtype=torch.int32)
+        expert_ids = empty((logits.shape[0], top_k), torch.int32, logits.device)
     if weights is None:
-        weights = logits.new_empty(logits.shape[0], top_k, dtype=torch.float32)
+        weights = empty((logits.shape[0], top_k), torch.float32, logits.device)
     call(
         _ops.moe_route.default,
         logits, correction_bias, top_k, num_groups, topk_groups, scoring, renormalize, scaling,
@@ -80,9 +81,9 @@ def moe_sort(
         InvalidArgument: if shapes or dtypes do not fit; on the CPU for a bad id.
     """
     if sorted_rows is None:
-        sorted_rows = expert_ids.new_empty(expert_ids.numel())
+        sorted_rows = empty((expert_ids.numel(),), torch.int32, expert_ids.device)
     if offsets is None:
-        offsets = expert_ids.new_empty(num_experts + 1)
+        offsets = empty((num_experts + 1,), torch.int32, expert_ids.device)
     call(_ops.moe_sort.default, expert_ids, num_experts, sorted_rows, offsets)
     return sorted_rows, offsets
 
@@ -103,7 +104,7 @@ def moe_combine(
         InvalidArgument: if shapes, dtypes or strides do not fit.
     """
     if out is None:
-        out = y.new_empty(y.shape[0], y.shape[2])
+        out = empty((y.shape[0], y.shape[2]), y.dtype, y.device)
     call(_ops.moe_combine.default, y, weights, shared, out)
     return out
 

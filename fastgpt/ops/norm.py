@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops._library import call
+from fastgpt.ops.scratch import empty
 
 __all__ = ["add_rms_norm", "embedding", "rms_norm", "rotary", "silu_mul"]
 
@@ -26,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, out: Tensor | None
     Source: RMSNorm, arXiv:1910.07467.
     """
     if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = empty(x.shape, x.dtype, x.device)
     call(_ops.rms_norm.default, x, weight, eps, out)
     return out
 
@@ -50,7 +51,7 @@ def add_rms_norm(
         InvalidArgument: if shapes, dtypes or strides do not fit.
     """
     if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = empty(x.shape, x.dtype, x.device)
     call(_ops.add_rms_norm.default, x, residual, weight, eps, out)
     return out
 
@@ -97,7 +98,7 @@ def silu_mul(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     Source: SwiGLU, arXiv:2002.05202.
     """
     if out is None:
-        out = x.new_empty(x.shape[0], x.shape[1] // 2)
+        out = empty((x.shape[0], x.shape[1] // 2), x.dtype, x.device)
     call(_ops.silu_mul.default, x, out)
     return out
 
@@ -118,7 +119,7 @@ def embedding(
         InvalidArgument: if shapes, dtypes or strides do not fit; on the CPU for a bad id.
     """
     if out is None:
-        out = weight.new_empty(ids.shape[0], weight.shape[1], dtype=dtype)
+        out = empty((ids.shape[0], weight.shape[1]), dtype or weight.dtype, weight.device)
     call(_ops.embedding.default, ids, weight, out)
     return out
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops._library import call
+from fastgpt.ops.scratch import empty
 
 __all__ = ["penalize", "record_tokens", "sample"]
 
@@ -44,7 +45,7 @@ def sample(
     Source: Philox4x32-10, Salmon et al., SC 2011; top-p, arXiv:1904.09751; min-p, arXiv:2407.01082.
     """
     if ids is None:
-        ids = logits.new_empty(logits.shape[0], dtype=torch.int64)
+        ids = empty((logits.shape[0],), torch.int64, logits.device)
     call(_ops.sample.default, logits, temperature, top_k, top_p, min_p, seeds, positions, ids)
     return ids
 
