@@ -70,7 +70,8 @@ class HardwareConfig:
         gpu_id: index of the GPU; ignored on the CPU.
         memory_pool_size: cap of the memory pool: a size (24GB = 24e9 bytes, 24GiB), a share of
             the free memory (0.9), or the free memory but some (-2GiB).
-        swap_to_cpu: not available yet: only false.
+        swap_to_cpu: weights that memory_pool_size has no room for wait in host memory and are
+            copied to the device in every step.
     """
 
     gpu_id: int = 0
@@ -79,7 +80,6 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         _check_int("hardware.gpu_id", self.gpu_id, 0, 1023)
-        _only_today("hardware.swap_to_cpu", self.swap_to_cpu, False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,8 @@ def serve(
         str | None, typer.Option(help="hardware.memory_pool_size [0.9]: 24GB, 24GiB, 0.9, -2GiB")
     ] = None,
     swap_to_cpu: Annotated[
-        bool | None, typer.Option("--swap-to-cpu", help="hardware.swap_to_cpu (not available yet)")
+        bool | None,
+        typer.Option("--swap-to-cpu", help="hardware.swap_to_cpu [false]: serve what does not fit"),
     ] = None,
     precision: Annotated[str | None, typer.Option(help="optimization.precision [mixed]")] = None,
     warmup_iterations: Annotated[

@@ -4,6 +4,7 @@ All inputs of a step lie in one host buffer; on a GPU it is pinned and reaches t
 asynchronous copy, at addresses that never change (CUDA graphs read them again and again).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from fastgpt.batch import Batch
 from fastgpt.engine.scheduler import ScheduledRequest
 
-__all__ = ["InputBuffers", "SamplingInputs", "StepInputs"]
+__all__ = ["Allocate", "InputBuffers", "SamplingInputs", "StepInputs", "allocate_with_torch"]
 
 _ALIGNMENT = 64
 
@@ -60,6 +61,14 @@ class StepInputs:
     is_decode: bool
 
 
+Allocate = Callable[[tuple[int, ...], torch.dtype, str], torch.Tensor]
+
+
+def allocate_with_torch(shape: tuple[int, ...], dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Return new memory of the CPU for a buffer: what stands in for a pool in tests."""
+    return torch.empty(shape, dtype=dtype)
+
+
 class InputBuffers:
     """Owns the input buffers of one engine; a step's inputs are views, valid until the next build.
 
@@ -70,6 +79,7 @@ class InputBuffers:
         max_blocks: most blocks of one request.
         block_size: tokens in a block.
         max_length: most tokens of one request.
+        allocate: (shape, dtype, name) -> uninitialized memory on the device.
     """
 
     def __init__(
@@ -81,6 +91,7 @@ class InputBuffers:
         max_blocks: int,
         block_size: int,
         max_length: int,
+        allocate: Allocate = allocate_with_torch,
     ) -> None:
         self.device = device
         self.block_size = block_size
@@ -113,10 +124,11 @@ class InputBuffers:
             end = begin + int(np.prod(shape)) * dtype.itemsize
             offsets[name] = (begin, end)
         on_gpu = device.type == "cuda"
-        self._host_bytes = torch.zeros(end, dtype=torch.uint8, pin_memory=on_gpu)
-        self._device_bytes = (
-            torch.zeros(end, dtype=torch.uint8, device=device) if on_gpu else self._host_bytes
-        )
+        self._device_bytes = allocate((end,), torch.uint8, "engine.inputs").zero_()
+        # The host's side of the copy: a few KiB of page-locked memory, which a pool does not have.
+        self._host_bytes = self._device_bytes
+        if on_gpu:
+            self._host_bytes = torch.zeros(end, dtype=torch.uint8, pin_memory=True)
 
         def view(storage: torch.Tensor, name: str) -> torch.Tensor:
             shape, dtype = layout[name]

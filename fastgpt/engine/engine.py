@@ -19,12 +19,13 @@ from fastgpt.engine.batch import InputBuffers
 from fastgpt.engine.block_manager import BlockManager, num_blocks_for
 from fastgpt.engine.cache import plan_num_blocks
 from fastgpt.engine.loading import EngineModel, LoadedModel, load_model
-from fastgpt.engine.runner import Runner, measure_activation_bytes
+from fastgpt.engine.runner import Runner, measure_activation_bytes, measure_scratch
 from fastgpt.engine.sampler import Sampler
 from fastgpt.engine.scheduler import Scheduler
 from fastgpt.engine.text_stream import StepOutput, StreamPiece, TextStream
 from fastgpt.errors import RequestError
 from fastgpt.logging import get_logger
+from fastgpt.ops.scratch import Scratch
 from fastgpt.request import (
     Limits,
     Request,
@@ -79,6 +80,8 @@ class Engine:
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16, of activations and cache.
         memory_pool_size: cap of the memory taken: bytes, "24GB", "0.9" (of what is free), "-2GiB".
+        swap_to_cpu: weights that memory_pool_size has no room for wait in host memory and are
+            copied to the device in every step.
         max_batch: most requests running together.
         max_length: most tokens of one request; lowered to what the model was made for.
         block_size: tokens of a KV block, 16 to 128.
@@ -99,6 +102,7 @@ class Engine:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         memory_pool_size: str | int | None = None,
+        swap_to_cpu: bool = False,
         max_batch: int = 32,
         max_length: int = 2048,
         block_size: int = 32,
@@ -114,6 +118,7 @@ class Engine:
             device=device,
             dtype=dtype,
             memory_pool_size=memory_pool_size,
+            swap_to_cpu=swap_to_cpu,
             max_length=max_length,
             tokenizer=tokenizer,
         )
@@ -132,6 +137,7 @@ class Engine:
         max_batch_tokens = max(max_batch_tokens, max_batch)
         served.reserve_workspace(max_batch_tokens, self.max_length)
 
+        memory = self.loaded.memory
         buffers = InputBuffers(
             self.device,
             max_batch=max_batch,
@@ -139,24 +145,19 @@ class Engine:
             max_blocks=num_blocks_for(self.max_length, block_size),
             block_size=block_size,
             max_length=self.max_length,
+            allocate=memory.allocate,
         )
-        memory = self.loaded.memory
         history = memory.allocate(
             (max_batch, served.vocab_size), torch.int32, "engine.token_history"
         ).zero_()
         block_shape = tuple(served.kv_layout.block_shape(block_size))
+        beside_bytes, scratch = self._measure_step(served, buffers, block_shape, max_batch_tokens)
         if num_blocks is None:
             block_bytes = served.dtype.itemsize
             for size in block_shape:
                 block_bytes *= size
-            left_bytes = memory.left_bytes()
-            if self.device.type == "cuda":
-                probe = memory.allocate((1, *block_shape), served.dtype, "engine.kv_probe").zero_()
-                left_bytes -= _GRAPH_RESERVE_BYTES + measure_activation_bytes(
-                    served, buffers, probe, max_batch_tokens
-                )
-                del probe
-                memory.pool.free("engine.kv_probe")
+            one_request_bytes = num_blocks_for(self.max_length, block_size) * block_bytes
+            left_bytes = memory.left_bytes(one_request_bytes + beside_bytes) - beside_bytes
             num_blocks = plan_num_blocks(
                 left_bytes=left_bytes,
                 block_bytes=block_bytes,
@@ -166,6 +167,10 @@ class Engine:
             )
         kv_cache = memory.allocate((num_blocks, *block_shape), served.dtype, "engine.kv_cache")
         kv_cache.zero_()
+        swap = memory.swap
+        if swap is not None:
+            swap.open(served, beside_bytes)
+            swap.log()
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(
             self.blocks,
@@ -174,7 +179,19 @@ class Engine:
             min_batch=min_batch,
             batch_timeout_s=batch_timeout_s,
         )
-        self.runner = Runner(served, kv_cache, buffers, Sampler(history), max_batch=max_batch)
+        self.runner = Runner(
+            served,
+            kv_cache,
+            buffers,
+            Sampler(history),
+            max_batch=max_batch,
+            scratch=scratch,
+            allocate=memory.allocate,
+        )
+        if swap is not None and swap.bytes_per_pass:
+            # A kernel that starts before its predecessor ends reads its weights at once: they may
+            # still be on their way.
+            self.runner.overlap_launches = False
         self.limits = Limits(served.vocab_size, self.max_length, num_blocks * block_size)
 
         self._inbox: deque[tuple[Literal["add"], Request] | tuple[Literal["abort"], str]] = deque()
@@ -193,6 +210,38 @@ class Engine:
         if self.device.type == "cuda":
             self.runner.capture_graphs(max_batch)
         self.warm_up_s = time.monotonic() - begin_s
+
+    def _measure_step(
+        self,
+        served: EngineModel,
+        buffers: InputBuffers,
+        block_shape: tuple[int, ...],
+        max_batch_tokens: int,
+    ) -> tuple[int, Scratch | None]:
+        """Return what a step takes beside the pool, and the memory for a decode step's results.
+
+        On a GPU decode steps are graphs, with memory of their own; on the CPU it is the pool's.
+        """
+        memory, swap = self.loaded.memory, self.loaded.memory.swap
+        probe = memory.allocate((1, *block_shape), served.dtype, "engine.kv_probe").zero_()
+        if swap is not None:
+            swap.open(served)
+        beside_bytes = 0
+        measured = None
+        if self.device.type == "cuda":
+            beside_bytes = _GRAPH_RESERVE_BYTES + measure_activation_bytes(
+                served, buffers, probe, max_batch_tokens
+            )
+        else:
+            measured = measure_scratch(served, buffers, probe, self.max_batch)
+        if swap is not None:
+            swap.close()
+        del probe
+        memory.pool.free("engine.kv_probe")
+        if measured is None or measured.num_bytes == 0:
+            return beside_bytes, None
+        results = memory.allocate((measured.num_bytes,), torch.uint8, "engine.decode_results")
+        return beside_bytes, measured.plan(results)
 
     # -- requests -----------------------------------------------------------------------------
 

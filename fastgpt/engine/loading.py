@@ -9,7 +9,8 @@ import torch
 
 from fastgpt.batch import Batch
 from fastgpt.checkpoint import Checkpoint, open_checkpoint
-from fastgpt.errors import CheckpointError
+from fastgpt.engine.swap import WeightSwap
+from fastgpt.errors import CheckpointError, ConfigError
 from fastgpt.logging import get_logger
 from fastgpt.memory import GPTMemoryPool, device_memory
 from fastgpt.models import registry
@@ -28,6 +29,8 @@ __all__ = [
 
 
 _logger = get_logger(__name__)
+
+_HOST_BUDGET = "0.9"  # of the free host memory: what evicted weights may take
 
 
 class KVLayoutLike(Protocol):
@@ -56,10 +59,21 @@ class EngineModel(Protocol):
 
 
 class EngineMemory:
-    """The engine's view of its pool: named tensors that live as long as the engine."""
+    """The engine's view of its pool: named tensors that live as long as the engine.
 
-    def __init__(self, pool: GPTMemoryPool) -> None:
+    Attributes:
+        swap: what places weights that may leave the device; None: all stay.
+    """
+
+    def __init__(self, pool: GPTMemoryPool, swap: WeightSwap | None = None) -> None:
         self.pool = pool
+        self.swap = swap
+
+    def allocate_weight(self, shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:
+        """Return memory for a weight. Raises OutOfMemory if the budget has no room."""
+        if self.swap is None:
+            return self.allocate(shape, dtype, name)
+        return self.swap.allocate(shape, dtype, name)
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:
         """Return a new tensor of the pool.
@@ -69,8 +83,13 @@ class EngineMemory:
         """
         return self.pool.allocate(shape, name, dtype=dtype)
 
-    def left_bytes(self) -> int:
-        """Return the largest single allocation that the budget still allows."""
+    def left_bytes(self, at_least: int = 0) -> int:
+        """Return the largest single allocation that the budget still allows.
+
+        at_least: with swap, bytes for which weights may leave the device.
+        """
+        if self.swap is not None:
+            return self.swap.left_bytes(at_least)
         stats = self.pool.stats()
         return max(stats.largest_free_bytes, stats.budget_bytes - stats.reserved_bytes)
 
@@ -105,10 +124,13 @@ class LoadedModel:
     eos_ids: frozenset[int]
 
 
-def make_memory(device: torch.device, memory_pool_size: str | int | None) -> EngineMemory:
+def make_memory(
+    device: torch.device, memory_pool_size: str | int | None, *, swap_to_cpu: bool = False
+) -> EngineMemory:
     """Return a pool; one log line when the budget asked for is more than the device has free."""
     free_bytes, _ = device_memory(device)
-    pool = GPTMemoryPool(device, budget=memory_pool_size)
+    host_budget = _HOST_BUDGET if swap_to_cpu else None
+    pool = GPTMemoryPool(device, budget=memory_pool_size, host_budget=host_budget)
     asked = pool.budget_bytes
     if memory_pool_size is not None:
         asked = resolve_bytes(memory_pool_size, free_bytes)
@@ -119,7 +141,7 @@ def make_memory(device: torch.device, memory_pool_size: str | int | None) -> Eng
             format_bytes(free_bytes),
             format_bytes(pool.budget_bytes),
         )
-    return EngineMemory(pool)
+    return EngineMemory(pool, WeightSwap(pool) if swap_to_cpu else None)
 
 
 def load_model(
@@ -128,6 +150,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     memory_pool_size: str | int | None = None,
+    swap_to_cpu: bool = False,
     max_length: int | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
 ) -> LoadedModel:
@@ -137,6 +160,8 @@ def load_model(
         source: a path, an open Checkpoint, or a Model, which is taken as it is.
         device, dtype: see resolve_device, resolve_dtype; a Model's own are kept.
         memory_pool_size: the pool's budget.
+        swap_to_cpu: weights that the budget has no room for stay in host memory. Then open
+            memory.swap before the model runs.
         max_length: positions the model must know; None: as the checkpoint says.
         tokenizer: a Tokenizer, a directory, or None for the checkpoint's.
 
@@ -148,6 +173,11 @@ def load_model(
         tokenizer = Tokenizer.from_checkpoint(tokenizer)
     if not isinstance(source, str | Path | Checkpoint):
         model: EngineModel = source
+        if swap_to_cpu:
+            raise ConfigError(
+                f"swap_to_cpu is set, but {type(model).__name__} has its weights already; give the "
+                "engine its path instead"
+            )
         return LoadedModel(
             model=model,
             name=type(model).__name__,
@@ -169,16 +199,18 @@ def load_model(
     if tokenizer is None and checkpoint.tokenizer_json is not None:
         tokenizer = Tokenizer.from_checkpoint(checkpoint)
     on = resolve_device(device)
-    memory = make_memory(on, memory_pool_size)
+    memory = make_memory(on, memory_pool_size, swap_to_cpu=swap_to_cpu)
     positions = config.max_position if max_length is None else min(max_length, config.max_position)
     built = family.build(
         config,
         checkpoint.read,
         on,
         resolve_dtype(dtype, on, checkpoint.config, checkpoint.fp16_overflows),
-        memory.allocate,
+        memory.allocate_weight,
         max_position=positions,
     )
+    if memory.swap is not None:
+        memory.swap.finish_layer()
     architectures = checkpoint.config.get("architectures") or [family.name]
     generation_config = checkpoint.generation_config or (
         tokenizer.generation_config if tokenizer else {}

@@ -2,20 +2,21 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 
 from fastgpt import _C, env
 from fastgpt.batch import Batch
-from fastgpt.engine.batch import InputBuffers, StepInputs
+from fastgpt.engine.batch import Allocate, InputBuffers, StepInputs, allocate_with_torch
 from fastgpt.engine.sampler import Sampler
 from fastgpt.engine.scheduler import ScheduledRequest
 from fastgpt.errors import DeviceError
 from fastgpt.logging import get_logger
+from fastgpt.ops.scratch import Scratch
 
-__all__ = ["ForwardModel", "Runner", "graph_buckets", "measure_activation_bytes"]
+__all__ = ["ForwardModel", "Runner", "graph_buckets", "measure_activation_bytes", "measure_scratch"]
 
 _logger = get_logger(__name__)
 
@@ -59,6 +60,32 @@ def measure_activation_bytes(
     return int(torch.cuda.max_memory_allocated(device)) - before
 
 
+@torch.inference_mode()
+def measure_scratch(
+    model: ForwardModel, buffers: InputBuffers, kv_cache: torch.Tensor, max_batch: int
+) -> Scratch:
+    """Return a scratch that has measured a decode step of max_batch requests.
+
+    Args:
+        kv_cache: any cache of the model's shape; nothing is written to it.
+    """
+    scratch = Scratch(None)
+    inputs = buffers.build_padding(max_batch)
+    with scratch.step(), _overlap(not env.flag("FASTGPT_DISABLE_PDL")):
+        model.logits(model.forward(inputs.batch, kv_cache))
+    return scratch
+
+
+@contextmanager
+def _overlap(overlap: bool) -> Iterator[None]:
+    """Let this thread's launches overlap, or not, within a `with` block."""
+    _C.set_overlap_launches(overlap)
+    try:
+        yield
+    finally:
+        _C.set_overlap_launches(False)
+
+
 class Runner:
     """Owns the device side of the loop. Only the engine's thread calls it.
 
@@ -68,6 +95,7 @@ class Runner:
         buffers: the input buffers.
         sampler: the sampler.
         max_batch: most requests in a step.
+        scratch: memory for the results of a decode step that is not a graph; None: new memory.
 
     Attributes:
         overlap_launches: whether the kernels of a decode step start while the ones before them
@@ -82,18 +110,21 @@ class Runner:
         sampler: Sampler,
         *,
         max_batch: int,
+        scratch: Scratch | None = None,
+        allocate: Allocate = allocate_with_torch,
     ) -> None:
         self.model = model
         self.kv_cache = kv_cache
         self.buffers = buffers
         self.sampler = sampler
+        self._scratch = scratch
         self.busy_s = 0.0
         self.overlap_launches = not env.flag("FASTGPT_DISABLE_PDL")
         self._check_numerics = env.flag("FASTGPT_CHECK_NUMERICS")
         self._synchronize = env.flag("FASTGPT_SYNC")
         self._on_gpu = kv_cache.device.type == "cuda"
         device = kv_cache.device
-        self._ids = torch.zeros(max_batch, dtype=torch.int64, device=device)
+        self._ids = allocate((max_batch,), torch.int64, "engine.chosen_ids").zero_()
         self._host_ids = torch.zeros(max_batch, dtype=torch.int64, pin_memory=self._on_gpu)
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
         self._buckets: list[int] = []
@@ -173,13 +204,14 @@ class Runner:
     def _decode_scope(self, inputs: StepInputs) -> Iterator[None]:
         """Let the kernels of a decode step overlap; weights are constants while one runs.
 
-        A prefill's kernels are long, and it may follow the loading of weights.
+        A prefill's kernels are long, and it may follow the loading of weights. Its results are
+        many; those of a decode step have their places.
         """
-        _C.set_overlap_launches(self.overlap_launches and inputs.is_decode)
-        try:
+        scratch: AbstractContextManager[None] = nullcontext()
+        if self._scratch is not None and inputs.is_decode:
+            scratch = self._scratch.step()
+        with _overlap(self.overlap_launches and inputs.is_decode), scratch:
             yield
-        finally:
-            _C.set_overlap_launches(False)
 
     def _compute(self, inputs: StepInputs) -> None:
         hidden = self.model.forward(inputs.batch, self.kv_cache)

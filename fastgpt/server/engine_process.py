@@ -137,6 +137,7 @@ def load_engine(configure: Configure) -> tuple[Any, Ready]:
         device=configure.device,
         dtype=configure.dtype,
         memory_pool_size=configure.memory_pool_size,
+        swap_to_cpu=configure.swap_to_cpu,
         max_batch=configure.max_batch,
         max_length=configure.max_length,
         min_batch=configure.min_batch,

@@ -40,6 +40,7 @@ class Configure(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     device: str
     dtype: str
     memory_pool_size: str
+    swap_to_cpu: bool
     max_batch: int
     max_length: int
     min_batch: int

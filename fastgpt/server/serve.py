@@ -138,6 +138,7 @@ async def _run_engine(
         device=device,
         dtype=options.dtype,
         memory_pool_size=config.hardware.memory_pool_size,
+        swap_to_cpu=config.hardware.swap_to_cpu,
         max_batch=config.service.batch_size,
         max_length=config.service.max_length,
         min_batch=config.service.min_batch,

@@ -43,7 +43,7 @@ def test_config_durations(text, seconds):
         ({"service": 5}, "service is 5; expected keys"),
         ({"hardware": {"memory_pool_size": "24 apples"}}, "hardware.memory_pool_size: size is"),
         ({"hardware": {"memory_pool_size": 24}}, "did you mean 24GB"),
-        ({"hardware": {"swap_to_cpu": True}}, "hardware.swap_to_cpu is true, not available"),
+        ({"hardware": {"swap_to_cpu": "yes"}}, "hardware.swap_to_cpu is 'yes'; expected true or"),
         ({"optimization": {"async_pipeline": False}}, "async_pipeline is false, not available"),
         ({"optimization": {"precision": "fp8"}}, "precision is 'fp8', not available"),
     ],
@@ -69,3 +69,8 @@ def test_config_files_that_are_no_settings(tmp_path, content, message):
 def test_config_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="cannot read the configuration"):
         ServerConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_config_swap_to_cpu_is_accepted():
+    assert not ServerConfig().hardware.swap_to_cpu
+    assert ServerConfig.from_mapping({"hardware": {"swap_to_cpu": True}}).hardware.swap_to_cpu

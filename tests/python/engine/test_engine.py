@@ -144,7 +144,7 @@ def test_add_request_refuses_what_can_never_fit_in_the_cache():
 
 def test_engine_without_room_for_one_request_is_refused():
     with pytest.raises(OutOfMemory, match="KV cache of one request"):
-        Engine(FakeModel(), max_batch=1, max_length=4096, memory_pool_size="8KiB")
+        Engine(FakeModel(), max_batch=1, max_length=4096, memory_pool_size="24KiB")
 
 
 def test_abort_frees_the_blocks_before_the_next_step():
