@@ -162,20 +162,22 @@ def test_row(jobs: list[Job], until: float) -> tuple[str, bool, str]:
 
 
 def start_sanitizers(log: Path) -> list[Job]:
-    """Start every tool over every registered op; a tool that refuses the device fails."""
+    """Start every tool over every registered op, and memcheck over the memory pool.
+
+    A tool that refuses the device fails. torch's kernels are left out over the ops, which have
+    kernels of their own; they are what reads and writes the pool's blocks.
+    """
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    return [
-        Job(
-            tool,
-            [
-                program, "--tool", tool, "--error-exitcode", "9", "--kernel-name-exclude",
-                "kernel_substring=at::native", sys.executable, "benchmarks/op_cases.py",
-                "--device", "cuda",
-            ],
-            log,
-        )
-        for tool in TOOLS
+    ops = [
+        "--kernel-name-exclude", "kernel_substring=at::native", sys.executable,
+        "benchmarks/op_cases.py", "--device", "cuda",
     ]  # fmt: skip
+    programs = [(tool, tool, ops) for tool in TOOLS]
+    programs.append(("memcheck_pool", "memcheck", [sys.executable, "benchmarks/pool_cases.py"]))
+    return [
+        Job(name, [program, "--tool", tool, "--error-exitcode", "9", *command], log)
+        for name, tool, command in programs
+    ]
 
 
 def sanitizer_row(job: Job, until: float) -> tuple[str, bool, str]:
