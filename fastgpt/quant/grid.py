@@ -49,6 +49,10 @@ class Grid:
         scale = self.scale.repeat_interleave(self.group_size, -1)[:, :cols]
         return scale, self.zero.repeat_interleave(self.group_size, -1)[:, :cols]
 
+    def rows(self, first: int, last: int) -> Grid:
+        """Return the grid of the rows first .. last - 1."""
+        return Grid(self.scale[first:last], self.zero[first:last], self.bits, self.group_size)
+
     def values(self, codes: Tensor) -> Tensor:
         """Return what codes [rows, cols] stand for, float32."""
         scale, zero = self.columns(codes.shape[1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt.models.spec import ValueHeads
 from fastgpt.quant.observe import InputStats
-from fastgpt.quant.search import Choice, choose, is_searched, quick_error
+from fastgpt.quant.search import Choice, choose_joined, is_searched, quick_error
 from fastgpt.quant.transforms import (
     ALPHAS,
     column_scale,
@@ -88,15 +88,24 @@ def quantize_layer(layer: LayerWeights, norms: Iterable[NormSite], heads: ValueH
         _scale_gate(layer, name)
     for name in [n for n in layer.dense if n.endswith(".self_attn.o_proj.weight")]:
         _transform_values(layer, name, heads)
-    for name in layer.dense:
-        if is_searched(layer.formats.get(name)) and name not in layer.choices:
-            _choose(layer, name)
+    names = [n for n in layer.dense if is_searched(layer.formats.get(n)) and n not in layer.choices]
+    layer.choices.update(_choose(layer, {n: layer.dense[n] for n in names}, layer.stats))
 
 
-def _choose(layer: LayerWeights, name: str) -> Choice:
-    choice = choose(layer.dense[name], layer.fmt(name), layer.stats.get(name), name)
-    layer.choices[name] = choice
-    return choice
+def _choose(
+    layer: LayerWeights, weights: Mapping[str, Tensor], stats: Mapping[str, InputStats]
+) -> dict[str, Choice]:
+    """Return the choices of weights; those of one input and one format are searched together."""
+    groups: dict[tuple[int, Format, str | None], list[str]] = {}
+    for name in weights:
+        fmt = layer.fmt(name)
+        seen = id(stats[name]) if name in stats else -len(groups) - 1
+        groups.setdefault((seen, fmt, fmt.algorithm), []).append(name)
+    choices: dict[str, Choice] = {}
+    for (_, fmt, _), names in groups.items():
+        joined = {name: weights[name] for name in names}
+        choices.update(choose_joined(joined, fmt, stats.get(names[0])))
+    return choices
 
 
 def _is_auto(layer: LayerWeights, names: Iterable[str]) -> bool:
@@ -125,10 +134,10 @@ def _keep_if_better(
 ) -> bool:
     """Apply a transformation if every searched weight it changes is the better for it, in sum."""
     names = [n for n in changed if is_searched(layer.formats.get(n))]
-    before = {n: layer.choices.get(n) or _choose(layer, n) for n in names}
-    after = {
-        n: choose(changed[n], layer.fmt(n), stats.get(n, layer.stats.get(n)), n) for n in names
-    }
+    new = {n: layer.dense[n] for n in names if n not in layer.choices}
+    layer.choices.update(_choose(layer, new, layer.stats))
+    before = {n: layer.choices[n] for n in names}
+    after = _choose(layer, {n: changed[n] for n in names}, {**layer.stats, **stats})
     is_better = sum(c.error for c in after.values()) < sum(c.error for c in before.values())
     if not is_better or any(after[n].error > before[n].nearest_error for n in names):
         return False
@@ -158,7 +167,8 @@ def _scale_norm(layer: LayerWeights, site: NormSite) -> None:
     factor = torch.where(gain != 0, gain / stored, torch.ones_like(gain))
     changed = {n: layer.dense[n] * factor for n in site.readers}
     changed[site.gain] = stored
-    stats = {n: scaled(layer.stats[n], factor) for n in searched}
+    after = {id(seen): scaled(seen, factor) for seen in (layer.stats[n] for n in searched)}
+    stats = {n: after[id(layer.stats[n])] for n in searched}
     _keep_if_better(layer, changed, stats, "scaled")
 
 

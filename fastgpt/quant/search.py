@@ -7,7 +7,8 @@ is chosen is never worse than it on those inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,15 +16,15 @@ from torch import Tensor
 
 from fastgpt.errors import ConfigError
 from fastgpt.quant.gptq import gptq_codes
-from fastgpt.quant.grid import clipped_grid, encode, pack_codes
+from fastgpt.quant.grid import Grid, clipped_grid, encode, pack_codes
 from fastgpt.quant.observe import InputStats
 from fastgpt.quant.rounding import round_tensor
 from fastgpt.scheme import Format, QuantizedTensor
 
-__all__ = ["Choice", "choose", "is_searched", "output_error", "quick_error"]
-
+__all__ = ["Choice", "choose", "choose_joined", "is_searched", "output_error", "quick_error"]
 
 _SAMPLE_ROWS = 64
+_MAX_JOINED = 1 << 27  # values that are searched at once
 
 
 @dataclass(frozen=True)
@@ -52,44 +53,67 @@ def is_searched(fmt: Format | None) -> bool:
 
 
 def choose(weight: Tensor, fmt: Format, stats: InputStats | None, name: str) -> Choice:
-    """Return the best stored form of weight [..., rows, cols] in an integer format with groups.
+    """Return the best stored form of one weight; see `choose_joined`."""
+    return choose_joined({name: weight}, fmt, stats)[name]
+
+
+def choose_joined(
+    weights: Mapping[str, Tensor], fmt: Format, stats: InputStats | None
+) -> dict[str, Choice]:
+    """Return the best stored form of each weight in an integer format with groups.
 
     Args:
-        weight: finite, any float type.
+        weights: name -> [..., rows, cols], finite, any float type. All read the same input, so one
+            search over the rows of all of them serves; each weight keeps what is best for itself.
         fmt: its `algorithm` is "auto" (try all), or the one that is wanted.
-        stats: inputs of the weight; None: judged by the weight itself.
-        name: for messages.
+        stats: inputs of the weights; None: judged by the weights themselves.
 
     Raises:
         ConfigError: a group's scale leaves float16's range, or "gptq" without inputs.
     """
-    shape = tuple(weight.shape)
-    rows = weight.reshape(-1, shape[-1]).float()
+    names = list(weights)
+    if len(names) > 1 and sum(weight.numel() for weight in weights.values()) > _MAX_JOINED:
+        return {name: choose(weights[name], fmt, stats, name) for name in names}
     seen = stats if stats is not None and stats.num_fit and stats.num_held_out else None
-    judge = None if seen is None else seen.held_out_gram()
-    size = max(_energy(rows, judge), 1e-30)
-    nearest = round_tensor(rows.to(weight.dtype), fmt, name)
-    assert isinstance(nearest, QuantizedTensor)
-    nearest_error = _energy(nearest.dequantize() - rows, judge) / size
-    best, error, algorithm = nearest, nearest_error, "rtn"
-    try:
-        for tried, stored in _candidates(rows, fmt, seen):
-            found = _energy(stored.dequantize() - rows, judge) / size
-            if found < error or (fmt.algorithm == tried != algorithm):
-                best, error, algorithm = stored, found, tried
-    except ConfigError as problem:
-        raise ConfigError(f"{name}: {problem}") from None
     if fmt.algorithm == "gptq" and seen is None:
         raise ConfigError(
-            f"{name}: gptq needs calibration data that reaches this weight; give some, or ask for "
-            "algorithm auto"
+            f"{names[0]}: gptq needs calibration data that reaches this weight; give some, or ask "
+            "for algorithm auto"
         )
-    used = replace(fmt, algorithm=algorithm)
+    judge = None if seen is None else seen.held_out_gram()
+    dense = [weights[name].reshape(-1, weights[name].shape[-1]).float() for name in names]
+    sizes = [max(float(_energies(rows, judge).sum()), 1e-30) for rows in dense]
+    found: list[Choice] = []
+    for name, rows, size in zip(names, dense, sizes, strict=True):
+        nearest = round_tensor(rows.to(weights[name].dtype), fmt, name)
+        assert isinstance(nearest, QuantizedTensor)
+        error = float(_energies(nearest.dequantize() - rows, judge).sum()) / size
+        found.append(Choice(nearest, "rtn", error, error, seen is not None))
+    joined = torch.cat(dense) if len(dense) > 1 else dense[0]
+    ends = [0, *itertools.accumulate(len(rows) for rows in dense)]
+    try:
+        for algorithm, codes, grid in _candidates(joined, fmt, seen):
+            energies = _energies(grid.values(codes) - joined, judge)
+            for at, (first, last) in enumerate(itertools.pairwise(ends)):
+                error = float(energies[first:last].sum()) / sizes[at]
+                before = found[at]
+                if error < before.error or fmt.algorithm == algorithm != before.algorithm:
+                    stored = pack_codes(codes[first:last], grid.rows(first, last), fmt)
+                    found[at] = replace(before, stored=stored, algorithm=algorithm, error=error)
+    except ConfigError as problem:
+        raise ConfigError(f"{', '.join(names)}: {problem}") from None
+    return {
+        name: replace(choice, stored=_shaped(choice, fmt, tuple(weights[name].shape)))
+        for name, choice in zip(names, found, strict=True)
+    }
+
+
+def _shaped(choice: Choice, fmt: Format, shape: tuple[int, ...]) -> QuantizedTensor:
+    """Return the codes as those of a weight of this shape, under the algorithm that found them."""
+    used = replace(fmt, algorithm=choice.algorithm)
     specs = used.parts(shape)
-    parts = {suffix: part.view(specs[suffix].shape) for suffix, part in best.parts.items()}
-    return Choice(
-        QuantizedTensor(used, shape, parts), algorithm, error, nearest_error, seen is not None
-    )
+    parts = {suffix: part.view(specs[suffix].shape) for suffix, part in choice.stored.parts.items()}
+    return QuantizedTensor(used, shape, parts)
 
 
 def output_error(
@@ -100,7 +124,7 @@ def output_error(
     gram = stats.held_out_gram() if stats is not None and has_inputs else None
     value = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.float()
     rows = weight.float()
-    return _energy(value - rows, gram) / max(_energy(rows, gram), 1e-30)
+    return _relative_error(value - rows, rows, gram)
 
 
 def quick_error(weight: Tensor, fmt: Format, gram: Tensor) -> float:
@@ -112,33 +136,36 @@ def quick_error(weight: Tensor, fmt: Format, gram: Tensor) -> float:
     importance = gram.diagonal() if gram.ndim == 2 else gram
     grid = clipped_grid(weight, fmt, importance, num_ratios=6)
     error = grid.values(encode(weight, grid)) - weight
-    return _energy(error, gram) / max(_energy(weight, gram), 1e-30)
+    return _relative_error(error, weight, gram)
 
 
 def _candidates(
     rows: Tensor, fmt: Format, seen: InputStats | None
-) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield (algorithm, stored form) of everything the format's algorithm allows."""
+) -> Iterator[tuple[str, Tensor, Grid]]:
+    """Yield (algorithm, codes, grid) of everything the format's algorithm allows."""
     if fmt.algorithm in ("auto", "clip"):
         grid = clipped_grid(rows, fmt)
-        yield "clip", pack_codes(encode(rows, grid), grid, fmt)
+        yield "clip", encode(rows, grid), grid
     if seen is None or fmt.algorithm == "rtn":
         return
     gram = seen.gram()
     importance = gram.diagonal() if seen.is_full else gram
     grid = clipped_grid(rows, fmt, importance)
     if fmt.algorithm in ("auto", "clip"):
-        yield "clip", pack_codes(encode(rows, grid), grid, fmt)
+        yield "clip", encode(rows, grid), grid
     if seen.is_full and fmt.algorithm in ("auto", "gptq"):
         for by_use in (True, False):
-            codes = gptq_codes(rows, grid, gram, by_use=by_use)
-            yield "gptq", pack_codes(codes, grid, fmt)
+            yield "gptq", gptq_codes(rows, grid, gram, by_use=by_use), grid
 
 
-def _energy(rows: Tensor, gram: Tensor | None) -> float:
-    """Return sum over rows of row @ gram @ rowᵀ; gram may be a diagonal, or None for identity."""
+def _relative_error(error: Tensor, exact: Tensor, gram: Tensor | None) -> float:
+    return float(_energies(error, gram).sum()) / max(float(_energies(exact, gram).sum()), 1e-30)
+
+
+def _energies(rows: Tensor, gram: Tensor | None) -> Tensor:
+    """Return row @ gram @ rowᵀ of every row, float64; gram: a matrix, a diagonal, None for one."""
     if gram is None:
-        return float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2
+        return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
     if gram.ndim == 1:
-        return float((rows.square() @ gram.unsqueeze(1)).double().sum())
-    return max(0.0, float(((rows @ gram) * rows).sum(dtype=torch.float64)))
+        return (rows.square() @ gram).double()
+    return ((rows @ gram) * rows).sum(-1, dtype=torch.float64).clamp(min=0)
