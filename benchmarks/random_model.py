@@ -60,6 +60,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 # role -> format. The embedding is read one row a token, so its format does not matter for speed.
 POLICIES: dict[str, dict[str, str]] = {
     "bf16": {},
+    # The four tiers one by one, then together.
+    "fp8 attention": {"attention_weights": "fp8"},
+    "int4 residual branch": {"residual_connections": "int4"},
+    "binary norms": {"norm_params": "binary"},
+    "fp16 input and output": {"io_layers": "fp16"},
     "four-tier": {
         "attention_weights": "fp8",
         "residual_connections": "int4",
@@ -119,6 +124,14 @@ class RandomCheckpoint(Checkpoint):
             _format_of(spec, self._policy).nbytes(tuple(spec.shape))
             for spec in self._specs.values()
             if "embed_tokens" not in spec.name
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all weights as they are stored."""
+        return sum(
+            _format_of(spec, self._policy).nbytes(tuple(spec.shape))
+            for spec in self._specs.values()
         )
 
     def read(self, name: str) -> Tensor | QuantizedTensor:

@@ -1,61 +1,27 @@
 """Which format each weight gets when the whole model has a budget.
 
-Weights that kernels run together form a unit and share a format. For every unit and format the
-bytes are known and the loss is predicted: sensitivity * relative squared error of the unit's
-output. The sensitivity is measured: with that one unit in the cheapest format, the Kullback-Leibler
-divergence of the model's next-token distributions from the source's, over the unit's output error
-then. Small errors add up, so the choice is a knapsack. Sources: HIGGS, arXiv:2411.17525
-(linearity); the multiple-choice knapsack by its convex hulls, Sinha and Zoltners 1979.
+For every unit of weights and every format the bytes are known and the loss is predicted (see
+sensitivity.py). Small losses add up, nearly, so the choice is a knapsack.
+Source: the multiple-choice knapsack by its convex hulls, Sinha and Zoltners 1979.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.errors import ConfigError
-from fastgpt.layers.weights import Source
-from fastgpt.models.registry import family
-from fastgpt.quant.layerwise import layer_index
-from fastgpt.quant.observe import HiddenStates, InputStats
 from fastgpt.quant.plan import PlannedTensor
-from fastgpt.quant.rounding import round_tensor
-from fastgpt.quant.search import choose, output_error
-from fastgpt.scheme import Format, QuantizedTensor
+from fastgpt.scheme import Format
 from fastgpt.units import resolve_bytes
 
-__all__ = [
-    "Budget",
-    "Option",
-    "Solution",
-    "Unit",
-    "is_free",
-    "keep_sensitive",
-    "measure_units",
-    "solve",
-]
+__all__ = ["Additivity", "Budget", "Option", "Solution", "Unit", "keep_sensitive", "solve"]
 
-# From the cheapest; a weight may also be kept as it is.
-OPTIONS = tuple(
-    Format.parse(value)
-    for value in (
-        {"format": "int3", "symmetric": False},
-        {"format": "int4"},
-        {"format": "int4", "symmetric": False, "group_size": 64},
-        {"format": "int4", "symmetric": False, "group_size": 32},
-        "fp8",
-    )
-)
-_FREE_ROLES = ("attention_weights", "residual_connections", "io_layers")
-_TOKENS = 2048  # whose distributions are compared for every unit
-_MAX_GRAM_COLS = 16384
+_MAX_CHANGES = 4096  # of single units that are tried in pairs
 
 
 @dataclass(frozen=True)
@@ -126,6 +92,33 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Additivity:
+    """What a sum of losses of single units is worth together: scale * sum^power."""
+
+    scale: float = 1.0
+    power: float = 1.0
+
+    @staticmethod
+    def through(sums: Sequence[float], together: Sequence[float]) -> Additivity:
+        """Return the law through two measurements, the larger first; the sum itself without."""
+        if not all(value > 0 for value in (*sums, *together)):
+            return Additivity()
+        x, y = [math.log(v) for v in sums], [math.log(v) for v in together]
+        power = (y[0] - y[-1]) / (x[0] - x[-1]) if abs(x[0] - x[-1]) > 0.1 else 1.0
+        power = min(max(power, 0.5), 1.5)
+        # The smaller one is where budgets are: the law passes through it.
+        return Additivity(math.exp(y[-1] - power * x[-1]), power)
+
+    def loss(self, total: float) -> float:
+        """Return what a sum of losses costs together."""
+        return float(self.scale * total**self.power) if total > 0 else 0.0
+
+    def total(self, loss: float) -> float:
+        """Return the sum that costs so much together."""
+        return float((loss / self.scale) ** (1 / self.power)) if loss > 0 else 0.0
+
+
+@dataclass(frozen=True)
 class Solution:
     """A choice for every unit.
 
@@ -143,7 +136,12 @@ class Solution:
 
 
 def solve(
-    units: Sequence[Unit], fixed_bytes: int, *, max_bytes: float | None, max_loss: float | None
+    units: Sequence[Unit],
+    fixed_bytes: int,
+    *,
+    max_bytes: float | None,
+    max_loss: float | None,
+    together: Additivity = Additivity(),
 ) -> Solution:
     """Return the least loss within max_bytes, or the fewest bytes within max_loss.
 
@@ -159,28 +157,30 @@ def solve(
             f"the budget is {max_bytes:,.0f} bytes; the smallest choice takes {size:,}, of which "
             f"{fixed_bytes:,} are kept by roles, overrides or sensitive names"
         )
+    most = None if max_loss is None else together.total(max_loss)
     steps = [
         ((old.loss - new.loss) / (new.num_bytes - old.num_bytes), i, k + 1)
         for i, hull in enumerate(hulls)
         for k, (old, new) in enumerate(itertools.pairwise(hull))
     ]
-    frontier = [(size, loss)]
-    chosen: tuple[list[int], int, float] | None = None
+    frontier = [(size, together.loss(loss))]
+    chosen: tuple[list[int], int] | None = None
     for _, i, k in sorted(steps, key=lambda step: (-step[0], step[1], step[2])):
         old, new = hulls[i][k - 1], hulls[i][k]
-        is_done = max_loss is not None and loss <= max_loss
+        is_done = most is not None and loss <= most
         is_full = max_bytes is not None and size + new.num_bytes - old.num_bytes > max_bytes
         if chosen is None and (is_done or is_full):
-            chosen = list(at), size, loss
+            chosen = list(at), size
         at[i] = k
         size += new.num_bytes - old.num_bytes
         loss = max(0.0, loss + new.loss - old.loss)
-        frontier.append((size, loss))
-    best, size, loss = chosen or (at, size, loss)
+        frontier.append((size, together.loss(loss)))
+    best, size = chosen or (at, size)
     picked = [hull[k] for hull, k in zip(hulls, best, strict=True)]
     if max_bytes is not None:
-        size, loss = _fill(units, picked, size, loss, max_bytes)
-    return Solution(tuple(picked), size, loss, tuple(frontier))
+        size = _fill(units, picked, size, max_bytes)
+    total = sum(option.loss for option in picked)
+    return Solution(tuple(picked), size, together.loss(total), tuple(frontier))
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
@@ -199,142 +199,40 @@ def _rate(old: Option, new: Option) -> float:
     return (old.loss - new.loss) / (new.num_bytes - old.num_bytes)
 
 
-def _fill(
-    units: Sequence[Unit], picked: list[Option], size: int, loss: float, max_bytes: float
-) -> tuple[int, float]:
-    """Spend what the hull's steps leave: the best single upgrades, then exchanges of two."""
+def _fill(units: Sequence[Unit], picked: list[Option], size: int, max_bytes: float) -> int:
+    """Spend what the hull's steps leave, changing one unit or two at a time; return the bytes.
+
+    Ends where no such change lowers the loss within max_bytes.
+    """
     while True:
-        gains = [
-            (picked[i].loss - option.loss, i, option)
+        # Changes of single units: (unit, option, more bytes, less loss), the best a byte first.
+        changes = [
+            (i, option, option.num_bytes - picked[i].num_bytes, picked[i].loss - option.loss)
             for i, unit in enumerate(units)
             for option in unit.options
-            if option.loss < picked[i].loss
-            and size + option.num_bytes - picked[i].num_bytes <= max_bytes
+            if option != picked[i]
+            and (option.num_bytes < picked[i].num_bytes or option.loss < picked[i].loss)
         ]
-        if not gains:
-            return size, loss
-        gain, i, option = max(gains, key=lambda g: (g[0], -g[1]))
-        size += option.num_bytes - picked[i].num_bytes
-        loss = max(0.0, loss - gain)
-        picked[i] = option
-
-
-def unit_of(name: str) -> str:
-    """Return a key that weights of one unit share: kernels join them, or experts share them."""
-    key = re.sub(r"\.(q|k|v)_proj\.weight$", ".qkv", name)
-    key = re.sub(r"\.(q_a_proj|kv_a_proj_with_mqa)\.weight$", ".down", key)
-    return re.sub(
-        r"(\.experts\.)\d+(\.)", r"\1*\2", re.sub(r"\.(gate|up)_proj\.", ".gate_up.", key)
-    )
-
-
-def measure_units(
-    checkpoint: Checkpoint,
-    free: Sequence[str],
-    sequences: Sequence[Sequence[int]],
-    device: torch.device | None,
-) -> list[Unit]:
-    """Return the units of the weights `free` with the bytes and predicted loss of every option.
-
-    Every unit needs its own run through the layers behind it; all runs pass a layer together, so
-    each layer is read once.
-    """
-    assert checkpoint.config is not None
-    kind = family(checkpoint.config)
-    config = kind.parse_config(checkpoint.config)
-    on = device or torch.device("cpu")
-    read = checkpoint.read
-    tokens: list[Sequence[int]] = []
-    for ids in sequences:
-        if len(tokens) < 4 or sum(map(len, tokens)) + len(ids) <= _TOKENS:
-            tokens.append(ids)
-    base = HiddenStates(kind, config, read, tokens, on, torch.float32)
-    keys: dict[str, list[str]] = {}
-    for name in free:
-        keys.setdefault(unit_of(name), []).append(name)
-    found: dict[str, tuple[list[Option], float]] = {}
-    runs: dict[str, HiddenStates] = {}
-    for index in range(config.num_layers):
-        inside = {k: names for k, names in keys.items() if layer_index(names[0]) == index}
-        wanted = [name for names in inside.values() for name in names]
-        stats = base.observe_layer(index, read, wanted, _MAX_GRAM_COLS) if wanted else {}
-        before = list(runs.values())
-        for key, names in inside.items():
-            cheapest, found[key] = _options(checkpoint, names, stats, on)
-            runs[key] = base.fork()
-            runs[key].advance(index, _with(cheapest, read))
-        base.advance(index, read, before)
-    head_names = keys.get("lm_head.weight")
-    exact = [logits.cpu() for logits in base.logits(read)]
-    units = []
-    for key, names in keys.items():
-        if key not in runs and names is not head_names:
-            continue
-        if names is head_names and head_names is not None:
-            stats = {names[0]: base.observe_head(read, names[0], _MAX_GRAM_COLS)}
-            cheapest, found[key] = _options(checkpoint, names, stats, on)
-            logits = base.logits(_with(cheapest, read))
-        else:
-            logits = runs.pop(key).logits(read)
-        options, error = found[key]
-        sensitivity = _divergence(exact, logits) / max(error, 1e-30)
-        scaled = tuple(replace(o, loss=o.loss * sensitivity) for o in options)
-        units.append(Unit(tuple(names), scaled))
-    return units
-
-
-def _with(changed: Mapping[str, QuantizedTensor], read: Source) -> Source:
-    """Return a source that has some weights changed."""
-    return lambda name: changed[name] if name in changed else read(name)
-
-
-def _options(
-    checkpoint: Checkpoint, names: Sequence[str], stats: dict[str, InputStats], device: torch.device
-) -> tuple[dict[str, QuantizedTensor], tuple[list[Option], float]]:
-    """Return the weights in the cheapest format; the options with output errors; its error."""
-    cheapest: dict[str, QuantizedTensor] = {}
-    sums = [0.0] * len(OPTIONS)
-    sizes = [0] * len(OPTIONS)
-    kept = 0
-    for name in names:
-        stored = checkpoint.read(name)
-        dense = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.float()
-        dense = dense.to(device)
-        kept += stored.nbytes
-        seen = stats.get(name)
-        for i, fmt in enumerate(OPTIONS):
-            if fmt.has_groups:
-                choice = choose(dense, fmt, seen, name)
-                result, error = choice.stored, choice.error
-            else:
-                rounded = round_tensor(dense, fmt, name)
-                assert isinstance(rounded, QuantizedTensor)
-                result = rounded
-                error = output_error(dense, result, seen)
-            sums[i] += error / len(names)
-            sizes[i] += fmt.nbytes(tuple(stored.shape))
-            if i == 0:
-                cheapest[name] = result
-    options = [
-        Option(fmt, size, error) for fmt, size, error in zip(OPTIONS, sizes, sums, strict=True)
-    ]
-    return cheapest, ([*options, Option(None, kept, 0.0)], sums[0])
-
-
-def _divergence(exact: list[Tensor], logits: Any) -> float:
-    """Return the mean over positions of sum p log(p / q)."""
-    total, count = 0.0, 0
-    for a, b in zip(exact, logits, strict=True):
-        log_p, log_q = a.double().log_softmax(-1), b.cpu().double().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum().clamp(min=0))
-        count += a.shape[0]
-    return total / count
-
-
-def is_free(item: PlannedTensor) -> bool:
-    """Tell whether a budget may choose the format of a tensor: a matrix of a layer, or the head."""
-    is_matrix = len(item.shape) == 2 and item.role in _FREE_ROLES
-    return is_matrix and (layer_index(item.name) is not None or item.name == "lm_head.weight")
+        changes = sorted(changes, key=lambda c: -c[3] / max(abs(c[2]), 1))[:_MAX_CHANGES]
+        if not changes:
+            return size
+        unit = torch.tensor([c[0] for c in changes])
+        more = torch.tensor([c[2] for c in changes], dtype=torch.float64)
+        gain = torch.tensor([c[3] for c in changes], dtype=torch.float64)
+        room = max_bytes - size
+        # Row i, column j: both changes; on the diagonal one of them alone.
+        both = more + more.unsqueeze(1) - torch.diag(more)
+        gains = gain + gain.unsqueeze(1) - torch.diag(gain)
+        same = (unit == unit.unsqueeze(1)) & ~torch.eye(len(changes), dtype=torch.bool)
+        gains[(both > room) | same] = -math.inf
+        at = int(gains.argmax())
+        i, j = divmod(at, len(changes))
+        least = 1e-9 * sum(option.loss for option in picked)
+        if float(gains[i, j]) <= least:
+            return size
+        for k in {i, j}:
+            picked[changes[k][0]] = changes[k][1]
+            size += changes[k][2]
 
 
 def keep_sensitive(

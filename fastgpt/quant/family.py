@@ -16,6 +16,7 @@ import torch
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.errors import CheckpointError
+from fastgpt.layers.weights import Source
 from fastgpt.memory import GPTMemoryPool
 from fastgpt.models.placement import resolve_dtype
 from fastgpt.models.registry import family
@@ -29,7 +30,7 @@ from fastgpt.quant.rounding import binary_residual, round_tensor
 from fastgpt.quant.search import Choice, choose, is_searched
 from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor
 
-__all__ = ["quantize_family"]
+__all__ = ["LayerSearch", "dense_values", "quantize_family"]
 
 Stored = torch.Tensor | QuantizedTensor
 
@@ -70,26 +71,30 @@ def quantize_family(
         CheckpointError: a weight has another shape than its role says, or NaN or infinite values.
         ConfigError: a value does not fit its format.
     """
-    norms, residuals = _binary_norms(checkpoint, planned)
-    pool = pool or GPTMemoryPool(device or "cpu")
-    one = partial(_one, checkpoint, norms, residuals, report, device, pool)
     if not sequences or not any(is_searched(item.format) for item in planned):
+        norms, residuals = _binary_norms(checkpoint, planned)
+        pool = pool or GPTMemoryPool(device or "cpu")
+        one = partial(_one, checkpoint, norms, residuals, report, device, pool)
         for item in planned:
             stored = finished(item.name)
             yield item.name, one(item) if stored is None else stored
         return
-    searcher = _LayerSearch(
-        checkpoint, planned, norms, residuals, report, device, sequences, pool, ranges
-    )
+    search = LayerSearch(checkpoint, planned, report, device, sequences, pool, ranges)
+    embedding: dict[str, Stored] = {}
     for items in blocks_of(planned):
         index = layer_index(items[0].name)
-        if index is not None and index < searcher.config.num_layers:
-            yield from searcher.layer(index, items, finished)
+        if index is not None and index < search.config.num_layers:
+            if index == 0:
+                search.start(lambda n: embedding[n] if n in embedding else checkpoint.read(n))
+            yield from search.layer(index, items, finished)
             continue
         for item in items:
             stored = finished(item.name)
             if stored is None:
-                stored = one(item, searcher.head_stats(item))
+                is_head = item.name == "lm_head.weight" and is_searched(item.format)
+                stored = search.alone(item, search.head_stats(item) if is_head else None)
+            if item.name == "model.embed_tokens.weight":
+                embedding[item.name] = stored
             _release(device)
             yield item.name, stored
 
@@ -109,7 +114,7 @@ def _binary_norms(
     for item in planned:
         if item.format is None or not item.format.folds_residual:
             continue
-        gain = _dense(checkpoint.read(item.name), item).to(torch.float32)
+        gain = dense_values(checkpoint.read(item.name), item.name).to(torch.float32)
         stored = round_tensor(gain, item.format, item.name)
         assert isinstance(stored, QuantizedTensor)
         norms[item.name] = stored
@@ -149,7 +154,7 @@ def _one(
             _check_finite(source, item)
         _count(report, item, source, source)
         return source
-    wanted = _dense(source, item)
+    wanted = dense_values(source, item.name)
     if device is not None and device.type != "cpu":
         wanted = pool.allocate(wanted.shape, None, wanted.dtype).copy_(wanted)
     if fold is not None:
@@ -165,49 +170,64 @@ def _one(
     return on_host(result)
 
 
-class _LayerSearch:
+class LayerSearch:
     """Quantizes decoder layers in order while the calibration tokens pass through them.
 
     Attributes:
         config: the family's configuration.
+        norms: the norms that are stored in two levels.
+        residuals: by reader, what it absorbs of them.
+        states: the tokens behind the layers that are done, all of them quantized.
+        weights: the last layer between reading and rounding.
     """
+
+    states: HiddenStates
+    weights: LayerWeights
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         planned: list[PlannedTensor],
-        norms: dict[str, QuantizedTensor],
-        residuals: dict[str, torch.Tensor],
         report: Report,
         device: torch.device | None,
         sequences: Sequence[Sequence[int]],
-        pool: GPTMemoryPool,
-        ranges: ActivationRanges | None,
+        pool: GPTMemoryPool | None = None,
+        ranges: ActivationRanges | None = None,
     ) -> None:
         assert checkpoint.config is not None
-        self.pool = pool
+        self.device = device or torch.device("cpu")
+        self.pool = pool or GPTMemoryPool(self.device)
         self.ranges = ranges
         self.kind = family(checkpoint.config)
         self.config = self.kind.parse_config(checkpoint.config)
         self.checkpoint = checkpoint
-        self.norms = norms
-        self.residuals = residuals
+        self.norms, self.residuals = _binary_norms(checkpoint, planned)
         self.report = report
-        self.device = device or torch.device("cpu")
-        dtype = resolve_dtype("auto", self.device, checkpoint.config)
+        self.sequences = sequences
+        self._one = partial(
+            _one, checkpoint, self.norms, self.residuals, report, device, self.pool
+        )
+
+    def start(self, source: Source) -> None:
+        """Look the tokens up in the embedding of `source`, as it is stored."""
+        assert self.checkpoint.config is not None
+        dtype = resolve_dtype("auto", self.device, self.checkpoint.config)
         if self.device.type == "cpu":
             dtype = torch.float32
         self.states = HiddenStates(
-            self.kind, self.config, checkpoint.read, sequences, self.device, dtype, pool
+            self.kind, self.config, source, self.sequences, self.device, dtype, self.pool
         )
-        _release(device)
-        self.norm_items = {item.name: item for item in planned if item.consumers}
+        _release(self.device)
+
+    def alone(self, item: PlannedTensor, stats: InputStats | None = None) -> Stored:
+        """Return the stored form of a tensor outside the layers."""
+        return self._one(item, stats)
 
     def layer(
         self,
         index: int,
         items: list[PlannedTensor],
-        finished: Callable[[str], Stored | None],
+        finished: Callable[[str], Stored | None] = lambda name: None,
     ) -> Iterator[tuple[str, Stored]]:
         """Yield the stored tensors of one decoder layer, in the order of `items`."""
         stored = {item.name: finished(item.name) for item in items}
@@ -227,13 +247,14 @@ class _LayerSearch:
             source = sources[item.name]
             if item.name in self.norms:
                 continue
-            value = self._placed(_dense(source, item), item.name)
+            value = self._placed(dense_values(source, item.name), item.name)
             _check_finite(value, item)
             fold = self.residuals.get(item.name)
             dense[item.name] = value if fold is None else value.mul_(fold.to(self.device))
             fmt = item.format or _kept_format(source, item)
             dtypes[item.name] = PLAIN_DTYPES.get(fmt.name, torch.float32)
         work = LayerWeights(dense, {item.name: item.format for item in items}, dtypes, {})
+        self.weights = work
         before = dict(work.dense)
 
         def read_before(name: str) -> Stored:
@@ -261,10 +282,8 @@ class _LayerSearch:
         # Half the bytes travel when the type changes over there.
         return place.copy_(value.to(self.device))
 
-    def head_stats(self, item: PlannedTensor) -> InputStats | None:
-        """Return what reaches the output matrix; None for any other tensor."""
-        if item.name != "lm_head.weight" or not is_searched(item.format):
-            return None
+    def head_stats(self, item: PlannedTensor) -> InputStats:
+        """Return what reaches the output matrix."""
         norm: Stored = self.norms.get("model.norm.weight") or self.checkpoint.read(
             "model.norm.weight"
         )
@@ -346,11 +365,16 @@ def _kept_format(source: Stored, item: PlannedTensor) -> Format:
     return Format(plain.get(source.dtype, "fp32"))
 
 
-def _dense(source: Stored, item: PlannedTensor) -> torch.Tensor:
+def dense_values(source: Stored, name: str) -> torch.Tensor:
+    """Return a stored weight as floating-point numbers.
+
+    Raises:
+        CheckpointError: it holds integers.
+    """
     if isinstance(source, QuantizedTensor):
         return source.dequantize(torch.float32)
     if not source.is_floating_point():
-        raise CheckpointError(f"weight {item.name!r} is {source.dtype}, not floating point")
+        raise CheckpointError(f"weight {name!r} is {source.dtype}, not floating point")
     return source
 
 

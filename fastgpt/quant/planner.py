@@ -10,17 +10,10 @@ import torch
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.errors import ConfigError
-from fastgpt.quant.allocate import (
-    Budget,
-    Option,
-    Unit,
-    is_free,
-    keep_sensitive,
-    measure_units,
-    solve,
-)
+from fastgpt.quant.allocate import Additivity, Budget, Option, Unit, keep_sensitive, solve
 from fastgpt.quant.plan import PlannedTensor, plan_family
 from fastgpt.quant.policy import Policy
+from fastgpt.quant.sensitivity import is_free, measure_units
 from fastgpt.scheme import Format
 
 __all__ = ["Planner"]
@@ -68,6 +61,7 @@ class Planner:
         self._calibration = calibration
         self._planned: list[PlannedTensor] | None = None
         self._units: list[Unit] = []
+        self._together = Additivity()
         self._max_loss: float | None = None
 
     def planned(self) -> list[PlannedTensor]:
@@ -150,6 +144,7 @@ class Planner:
             "notes": self.notes,
             "allocation": self.allocation,
             "max_loss": self._max_loss,
+            "together": [self._together.scale, self._together.power],
             "units": [
                 [
                     u.names,
@@ -166,6 +161,7 @@ class Planner:
         self._planned = [replace(item, format=formats[item.name]) for item in planned]
         self.notes, self.allocation = list(plan["notes"]), plan["allocation"]
         self._max_loss = plan["max_loss"]
+        self._together = Additivity(*plan["together"])
         self._units = [
             Unit(
                 tuple(names),
@@ -189,7 +185,9 @@ class Planner:
                 "at 'self' or give some"
             )
         free = [i.name for i in planned if is_free(i) and not self._policy.pins(i.name)]
-        units = measure_units(self._checkpoint, free, sequences, self._device)
+        units, self._together = measure_units(
+            self._checkpoint, planned, free, sequences, self._device
+        )
         if self._keeps_sensitive:
             planned, kept = keep_sensitive(planned, units)
             self.notes.append(f"sensitive, kept in fp16: {', '.join(kept) or 'none'}")
@@ -220,7 +218,13 @@ class Planner:
         if self._budget.bits_per_weight is not None:
             count = sum(torch.Size(item.shape).numel() for item in planned)
             max_bytes = int(self._budget.bits_per_weight * count / 8)
-        solution = solve(self._units, fixed, max_bytes=max_bytes, max_loss=self._max_loss)
+        solution = solve(
+            self._units,
+            fixed,
+            max_bytes=max_bytes,
+            max_loss=self._max_loss,
+            together=self._together,
+        )
         formats = {
             name: option.format
             for unit, option in zip(self._units, solution.options, strict=True)

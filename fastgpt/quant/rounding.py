@@ -104,13 +104,15 @@ def _round_native(weight: torch.Tensor, fmt: Format, name: str) -> QuantizedTens
 
 
 def binary_residual(gain: torch.Tensor, stored: QuantizedTensor) -> torch.Tensor:
-    """Return gain / stored gain, float32 [n]: what the consumers' input columns must absorb.
+    """Return gain / stored gain [n]: what the consumers' input columns must absorb.
 
     The product of the two-level gain and this residual is the original gain, so folding it into
-    the next weights leaves the model's function unchanged before those weights are rounded.
+    the next weights leaves the model's function unchanged before those weights are rounded. It is
+    float32, or float64 for such a gain.
     """
-    approx = stored.dequantize(torch.float32)
-    residual = gain.to(torch.float32) / approx
+    dtype = torch.promote_types(gain.dtype, torch.float32)
+    approx = stored.dequantize(torch.float32).to(dtype)
+    residual = gain.to(dtype) / approx
     return torch.where(approx == 0, torch.ones_like(residual), residual)
 
 

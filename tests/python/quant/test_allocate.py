@@ -1,6 +1,7 @@
 """Budgets: the knapsack against every combination, sizes met, limits kept, mistakes named."""
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 
 from fastgpt.errors import ConfigError
 from fastgpt.quant import Budget, Calibration, Quantizer
-from fastgpt.quant.allocate import Option, Unit, solve, unit_of
+from fastgpt.quant.allocate import Additivity, Option, Unit, solve
+from fastgpt.quant.sensitivity import _power_laws, _Probed, unit_of
 from fastgpt.scheme import Format
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -50,6 +52,59 @@ def test_solve_is_near_the_best_of_all_combinations(seed: int):
     losses = [loss for _, loss in solution.frontier]
     assert losses == sorted(losses, reverse=True)
     assert [size for size, _ in solution.frontier] == sorted(s for s, _ in solution.frontier)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_solve_spends_a_budget_as_the_best_combination_does(seed: int):
+    """Within 2 % of the least loss: what the hull leaves is spent on changes of one and two."""
+    units = random_units(seed, count=5)
+    combinations = [
+        (sum(o.num_bytes for o in pick), sum(o.loss for o in pick))
+        for pick in itertools.product(*(unit.options for unit in units))
+    ]
+    ratios = []
+    for share in (0.15, 0.3, 0.45, 0.6, 0.75):
+        smallest, largest = min(combinations)[0], max(combinations)[0]
+        limit = smallest + share * (largest - smallest)
+        best = min(loss for size, loss in combinations if size <= limit)
+        ratios.append(solve(units, 0, max_bytes=limit, max_loss=None).loss / best)
+    assert sum(ratios) / len(ratios) <= 1.02
+
+
+def test_additivity_goes_through_both_measurements():
+    law = Additivity.through([0.2, 0.01], [0.15, 0.011])
+    assert law.loss(0.2) == pytest.approx(0.15)
+    assert law.loss(0.01) == pytest.approx(0.011)
+    assert law.total(law.loss(0.05)) == pytest.approx(0.05)
+    assert law.loss(0.0) == law.total(0.0) == 0.0
+    assert Additivity.through([0.0, 0.0], [0.1, 0.1]) == Additivity()
+
+
+def test_solve_predicts_what_units_cost_together():
+    units, law = random_units(3), Additivity(0.5, 0.9)
+    alone = solve(units, 0, max_bytes=2000, max_loss=None)
+    both = solve(units, 0, max_bytes=2000, max_loss=None, together=law)
+    assert both.options == alone.options
+    assert both.loss == pytest.approx(law.loss(alone.loss))
+    limited = solve(units, 0, max_bytes=None, max_loss=0.05, together=law)
+    assert limited.loss <= 0.05
+
+
+def test_power_laws_trust_slopes_that_are_measured_well():
+    """KL = a error^b from two points; a noisy unit takes the slope of the others."""
+
+    def points(a: float, b: float, noise: float) -> list[_Probed]:
+        return [_Probed(e, a * e**b, noise * a * e**b) for e in (1e-2, 1e-3)]
+
+    probed = {f"{i}": points(2.0 + i, 0.6, 0.01) for i in range(6)}
+    probed["steep"] = points(1.0, 0.9, 0.01)
+    probed["noisy"] = points(1.0, 1.6, 3.0)
+    laws = _power_laws(probed)
+    for i in range(6):
+        assert laws[f"{i}"](3e-3) == pytest.approx((2.0 + i) * 3e-3**0.6, rel=0.03)
+    assert laws["steep"](1e-4) == pytest.approx(1e-4**0.9, rel=0.1)
+    slope = math.log(laws["noisy"](1e-2) / laws["noisy"](1e-4)) / math.log(100)
+    assert slope == pytest.approx(0.64, abs=0.05)
 
 
 def test_solve_meets_a_loss_with_few_bytes():

@@ -10,7 +10,7 @@ from fastgpt.checkpoint import StateDict
 from fastgpt.errors import ConfigError
 from fastgpt.quant import Calibration, Quantizer, layerwise
 from fastgpt.quant.calibration import token_sequences
-from fastgpt.quant.family import _LayerSearch, quantize_family
+from fastgpt.quant.family import LayerSearch, quantize_family
 from fastgpt.quant.plan import plan_family
 from fastgpt.quant.policy import Policy
 from fastgpt.quant.report import Report
@@ -62,7 +62,7 @@ def test_transformations_leave_the_model_as_it_was(references, monkeypatch, name
 
     monkeypatch.setattr(layerwise, "_LEAST_GAIN", -1e9)
     monkeypatch.setattr(layerwise, "_keep_if_better", always)
-    monkeypatch.setattr(_LayerSearch, "_store", unrounded)
+    monkeypatch.setattr(LayerSearch, "_store", unrounded)
     if kind == "rotated":
         monkeypatch.setattr(layerwise, "ALPHAS", ())
     else:
