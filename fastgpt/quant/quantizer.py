@@ -149,6 +149,7 @@ class Quantizer:
                 text.generation_config,
             )
 
+    @_one_torch_thread()
     def plan(self) -> list[PlannedTensor]:
         """Return what would be stored and how; reads weights only to keep a budget.
 
@@ -160,6 +161,7 @@ class Quantizer:
             raise ConfigError("a foreign module has no plan; convert() it")
         return self._planner.planned()
 
+    @_one_torch_thread()
     def dry_run(self) -> Report:
         """Return a report of the sizes the file would have, without errors.
 

@@ -165,7 +165,8 @@ def _relative_error(error: Tensor, exact: Tensor, gram: Tensor | None) -> float:
 def _energies(rows: Tensor, gram: Tensor | None) -> Tensor:
     """Return row @ gram @ rowᵀ of every row, float64; gram: a matrix, a diagonal, None for one."""
     if gram is None:
-        return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64).square()
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+        return norms.square()
     if gram.ndim == 1:
         return (rows.square() @ gram).double()
     return ((rows @ gram) * rows).sum(-1, dtype=torch.float64).clamp(min=0)

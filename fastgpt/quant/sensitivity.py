@@ -148,23 +148,13 @@ def measure_units(
     base = HiddenStates(kind, config, read, tokens, on, torch.float32)
     runs: dict[tuple[str, int], HiddenStates] = {}
     probed: dict[str, list[_Probed]] = {key: [] for key in keys}
-    errors: dict[str, list[float]] = {}
+    errors: dict[str, dict[int, float]] = {key: {} for key in keys}  # by place in OPTIONS
 
     def probe_unit(key: str, p: int, stored: Mapping[str, Stored], weights: LayerWeights) -> None:
         exact = {name: weights.dense[name] for name in keys[key]}
         error = sum(output_error(w, stored[n], weights.stats.get(n)) for n, w in exact.items())
         probed[key].append(_Probed(error / len(exact)))
-        group = [
-            _option_error(fmt, PROBES[p], probed[key][p].error, exact, weights.stats)
-            for fmt in OPTIONS
-        ]
-        # Narrow formats are compared with the first probe, wider ones with the second.
-        errors.setdefault(key, group)
-        if p:
-            errors[key] = [
-                old if fmt.has_groups and fmt.bits < 4 else new
-                for fmt, old, new in zip(OPTIONS, errors[key], group, strict=True)
-            ]
+        errors[key] |= _option_errors(p, error / len(exact), exact, weights.stats)
 
     if _EMBEDDING in keys:
         dense = dense_values(read(_EMBEDDING), _EMBEDDING).to(on, torch.float32)
@@ -218,7 +208,9 @@ def measure_units(
         shapes = [tuple(read(name).shape) for name in names]
         options = [
             Option(fmt, sum(map(fmt.nbytes, shapes)), laws[key](error))
-            for fmt, error in zip(OPTIONS, errors[key], strict=True)
+            for fmt, error in zip(
+                OPTIONS, (errors[key][i] for i in range(len(OPTIONS))), strict=True
+            )
         ]
         kept = Option(None, sum(read(name).nbytes for name in names), 0.0)
         units.append(Unit(tuple(names), (*options, kept)))
@@ -241,31 +233,39 @@ def _with(changed: Mapping[str, Stored], read: Source) -> Source:
     return lambda name: changed[name] if name in changed else read(name)
 
 
-def _option_error(
-    fmt: Format,
-    probe: Format,
-    probe_error: float,
-    weights: Mapping[str, Tensor],
-    stats: Mapping[str, InputStats],
-) -> float:
-    """Return the mean output error of weights in a format, from the one the probe had.
+def _option_errors(
+    p: int, probe_error: float, weights: Mapping[str, Tensor], stats: Mapping[str, InputStats]
+) -> dict[int, float]:
+    """Return the mean output error of weights by place in OPTIONS, of those compared with probe p.
 
-    Searched formats are as much better or worse than the probe as with scales found quickly.
+    Narrow formats are compared with the first probe, wider ones with the second. Searched formats
+    are as much better or worse than the probe as with scales found quickly.
     """
-    if fmt == probe:
-        return probe_error
-    if not fmt.has_groups:
-        return sum(
-            output_error(weight, round_tensor(weight, fmt, name), stats.get(name))
-            for name, weight in weights.items()
-        ) / len(weights)
-    quick = [0.0, 0.0]
-    for name, weight in weights.items():
-        seen = stats.get(name)
-        ones = torch.ones(weight.shape[1], device=weight.device)
-        gram = seen.gram() if seen is not None and seen.num_fit else ones
-        quick = [e + quick_error(weight, f, gram) for e, f in zip(quick, (fmt, probe), strict=True)]
-    return probe_error * quick[0] / max(quick[1], 1e-30)
+
+    def quick(fmt: Format) -> float:
+        total = 0.0
+        for name, weight in weights.items():
+            seen = stats.get(name)
+            ones = torch.ones(weight.shape[1], device=weight.device)
+            total += quick_error(weight, fmt, seen.gram() if seen and seen.num_fit else ones)
+        return total
+
+    probe = PROBES[p]
+    scale = probe_error / max(quick(probe), 1e-30)
+    errors = {}
+    for i, fmt in enumerate(OPTIONS):
+        if (fmt.has_groups and fmt.bits < PROBES[-1].bits) == (p > 0):
+            continue
+        if fmt == probe:
+            errors[i] = probe_error
+        elif fmt.has_groups:
+            errors[i] = scale * quick(fmt)
+        else:
+            errors[i] = sum(
+                output_error(weight, round_tensor(weight, fmt, name), stats.get(name))
+                for name, weight in weights.items()
+            ) / len(weights)
+    return errors
 
 
 def _divergence(exact: list[Tensor], logits: Iterable[Tensor]) -> tuple[float, float]:

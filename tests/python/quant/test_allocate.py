@@ -82,8 +82,8 @@ def test_additivity_goes_through_both_measurements():
 
 def test_solve_predicts_what_units_cost_together():
     units, law = random_units(3), Additivity(0.5, 0.9)
-    alone = solve(units, 0, max_bytes=2000, max_loss=None)
-    both = solve(units, 0, max_bytes=2000, max_loss=None, together=law)
+    alone = solve(units, 0, max_bytes=6000, max_loss=None)
+    both = solve(units, 0, max_bytes=6000, max_loss=None, together=law)
     assert both.options == alone.options
     assert both.loss == pytest.approx(law.loss(alone.loss))
     limited = solve(units, 0, max_bytes=None, max_loss=0.05, together=law)
