@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The article's table of tiers, measured: what each loses and how much faster it decodes.
 
-    python benchmarks/article_table.py [--device cuda] [--shapes r1-qwen-1.5b] [--problems 5000]
+    python benchmarks/article_table.py [--device cuda] [--shapes r1-qwen-1.5b]
+                                       [--problems 5000 | --quality OUTPUT_OF_TINY_QUALITY]
 
 Per tier, beside the article's figures, which name neither metric nor machine:
 
@@ -50,12 +51,15 @@ SIZED = "r1-qwen-7b"
 BUDGET_BYTES = 4_700_000_000
 
 
-def quality(problems: int, device: str) -> dict[str, dict[str, Any]]:
-    """Return tiny_quality.py's row of every tier."""
-    command = [sys.executable, str(ROOT / "benchmarks/tiny_quality.py"), "--device", device]
-    command += ["--problems", str(problems), "--rows", *TIERS]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+def quality(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return tiny_quality.py's row of every tier, from its output at hand or from running it."""
+    if args.quality is not None:
+        output = args.quality.read_text()
+    else:
+        command = [sys.executable, str(ROOT / "benchmarks/tiny_quality.py")]
+        command += ["--device", args.device, "--problems", str(args.problems), "--rows", *TIERS]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    rows = json.loads(output.strip().splitlines()[-1])["rows"]
     return {row["row"]: row for row in rows}
 
 
@@ -69,6 +73,7 @@ def tokens_per_s(shape: str, policy: str, args: argparse.Namespace) -> float:
     gc.collect()
     if args.device.startswith("cuda"):
         torch.cuda.empty_cache()
+    print(f"{shape} {policy}: {1.0 / min(seconds):.1f} tokens/s on {args.device}", flush=True)
     return 1.0 / min(seconds)
 
 
@@ -112,6 +117,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=["r1-qwen-1.5b"])
     parser.add_argument("--problems", type=int, default=5000, help="of each of the three tasks")
+    parser.add_argument("--quality", type=Path, help="file with the output of tiny_quality.py")
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs=2, default=(8, 72))
     parser.add_argument("--repeats", type=int, default=3)
@@ -133,8 +139,7 @@ def main() -> None:
     speeds: dict[str, dict[str, float]] = {}
     for shape in args.shapes:
         speeds[shape] = {name: tokens_per_s(shape, name, args) for name in ("bf16", *TIERS)}
-        print(f"{shape}: bf16 {speeds[shape]['bf16']:.0f} tokens/s on {args.device}", flush=True)
-    found = quality(args.problems, args.device) if args.problems else {}
+    found = quality(args) if args.problems or args.quality else {}
 
     heading = "".join(f"  {shape:>14}" for shape in args.shapes)
     print(

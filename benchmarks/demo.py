@@ -156,7 +156,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fastgpt-demo-") as folder:
         say("quantize the bundled model with the four-tier policy")
         model = Path(folder) / "tiny-r1.pt"
-        quantized = Quantizer(SOURCE, config=POLICY, calibration=None).convert()
+        quantized = Quantizer(SOURCE, config=POLICY).convert()
         quantized.save(str(model))
         before = sum(path.stat().st_size for path in SOURCE.glob("*.safetensors"))
         print(f"{format_bytes(before)} (bf16) -> {format_bytes(model.stat().st_size)} on disk")

@@ -127,12 +127,14 @@ class Bench:
         self.source = plain if kind == "original" else twin_of(plain)
         self.rows: list[dict[str, Any]] = []
 
-    def uniform(self, label: str, policy: Any) -> dict[str, Any]:
-        """Measure one format for all matrices."""
+    def uniform(
+        self, label: str, policy: Any, base: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Measure one format for all matrices, beside the row `base`."""
         report = Report()
         planned, _ = plan_family(self.source, Policy.parse(policy))
         tensors = quantize_family(self.source, planned, report, self.device, self.tokens)
-        return self._row(label, list(tensors), report)
+        return self._row(label, list(tensors), report, base)
 
     def budget(self, label: str, policy: Any, limit: int, base: dict[str, Any]) -> None:
         """Measure formats chosen within `limit` bytes beside the uniform row `base`."""
@@ -191,14 +193,12 @@ class Bench:
 def run(model: str, kind: str, num_tokens: int, device: str) -> list[dict[str, Any]]:
     """Print and return the rows of one model or its twin."""
     bench = Bench(model, kind, num_tokens, device)
-    for name in ("int4", "int3"):
+
+    def compare(name: str) -> None:
         nearest = bench.uniform(f"{name} nearest", uniform(name, "rtn"))
-        searched = bench.uniform(f"{name} searched", uniform(name, "auto"))
-        searched["ratio"] = searched["kl_mean"] / nearest["kl_mean"]
-        print(f"{'':17} over nearest {searched['ratio']:.3f}")
-    print(
-        f"{'':17} noise floor {searched['noise_floor_kl']:.2g}, {searched['positions']} positions"
-    )
+        bench.uniform(f"{name} searched", uniform(name, "auto"), nearest)
+
+    compare("int4")
     if kind == "original":
         g32 = {"format": "int4", "group_size": 32}
         policy = {"attention_weights": g32, "residual_connections": g32, "io_layers": "bf16"}
@@ -207,6 +207,9 @@ def run(model: str, kind: str, num_tokens: int, device: str) -> list[dict[str, A
         kept = {**policy, "overrides": {"embed_tokens|lm_head": "bf16"}}
         del kept["io_layers"]
         bench.budget("budget, layers only", kept, base["bytes"], base)
+    compare("int3")
+    last = bench.rows[-1]
+    print(f"{'':17} noise floor {last['noise_floor_kl']:.2g}, {last['positions']} positions")
     return bench.rows
 
 

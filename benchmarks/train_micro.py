@@ -166,7 +166,7 @@ def train_micro(
 
 
 def make_model(
-    name: str, directory: Path, *, steps: int = 1200, batch: int = 8, seed: int = 20261125
+    name: str, directory: Path, *, steps: int = 800, batch: int = 4, seed: int = 20261125
 ) -> dict[str, Any]:
     """Train one model into a Hugging Face directory; return its report."""
     if name == "micro-text":
@@ -214,8 +214,8 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", choices=list(MICRO_CONFIGS), default=[*MICRO_CONFIGS]
     )
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=8, help=f"rows of {ROW_TOKENS} tokens")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=4, help=f"rows of {ROW_TOKENS} tokens")
     parser.add_argument("--seed", type=int, default=20261125)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ __all__ = ["Calibration", "token_sequences", "tokens_sha256"]
 
 Texts = Sequence[str] | Sequence[Sequence[int]]
 
+_TOKENS_PER_COLUMN = 16  # from which a Gram matrix is known well
+_LEAST_SEQUENCES = 16
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -34,7 +37,9 @@ class Calibration:
             them, from its first token and one drawn at random; a path: a text file, cut into
             sequences; texts or lists of token ids, taken as they are; None: no data.
         prompts: for "self": texts, chats (lists of messages) or token ids.
-        num_sequences: most sequences used; every fourth is held out to choose with.
+        num_sequences: most sequences used; every fourth is held out to choose with. "self" writes
+            no more than small models need: 16 tokens per column of the widest weight, at full
+            length, and 16 sequences at least.
         num_evaluation: most sequences kept apart from them to measure the finished model on.
         length: tokens of a generated or cut sequence.
         seed: of generations and draws.
@@ -120,6 +125,8 @@ def token_sequences(
     if source is None:
         return [], []
     if isinstance(source, str) and source == "self":
+        count = _enough_sequences(calibration, checkpoint, length)
+        calibration = replace(calibration, num_sequences=count)
         sequences = _own_generations(calibration, checkpoint, device, length)
     elif isinstance(source, (str, os.PathLike)):
         ids = _tokenizer(checkpoint).encode(Path(source).read_text("utf-8"))
@@ -154,6 +161,16 @@ def tokens_sha256(sequences: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _enough_sequences(calibration: Calibration, checkpoint: Checkpoint, length: int) -> int:
+    """Return how many sequences of the model's own are worth their time, num_sequences at most."""
+    assert checkpoint.config is not None
+    kind = family(checkpoint.config)
+    specs = kind.roles(kind.parse_config(checkpoint.config))
+    widest = max(spec.shape[-1] for spec in specs if len(spec.shape) > 1)
+    enough = max(_LEAST_SEQUENCES, -(-_TOKENS_PER_COLUMN * widest // length))
+    return min(calibration.num_sequences, enough)
+
+
 def _own_generations(
     calibration: Calibration,
     checkpoint: Checkpoint,
@@ -167,7 +184,7 @@ def _own_generations(
     engine = Engine(
         checkpoint,
         device="cpu" if device is None else device,
-        max_batch=min(calibration.num_sequences + calibration.num_evaluation, 64),
+        max_batch=min(calibration.num_sequences + calibration.num_evaluation, 96),
         max_length=length,
         warmup_iterations=0,
     )

@@ -34,7 +34,7 @@ from fastgpt.quant.plan import PlannedTensor
 from fastgpt.quant.report import Report
 from fastgpt.quant.rounding import round_tensor
 from fastgpt.quant.search import is_searched, output_error, quick_error
-from fastgpt.scheme import AVAILABLE_FORMATS, Format, QuantizedTensor
+from fastgpt.scheme import Format, QuantizedTensor
 
 __all__ = ["OPTIONS", "is_free", "measure_units", "unit_of"]
 
@@ -52,7 +52,8 @@ OPTIONS = tuple(
         _INT4,
         {**_INT4, "symmetric": False, "group_size": 64},
         {**_INT4, "symmetric": False, "group_size": 32},
-        *(name for name in ("int8", "fp8") if name in AVAILABLE_FORMATS),
+        "int8",
+        "fp8",
     )
 )
 PROBES = (Format.parse(_INT3), Format.parse(_INT4))
