@@ -49,9 +49,7 @@ OPTIONS = tuple(
         {"format": "int2"},
         _INT3,
         {**_INT3, "group_size": 32},
-        _INT4,
-        {**_INT4, "symmetric": False, "group_size": 64},
-        {**_INT4, "symmetric": False, "group_size": 32},
+        *({**_INT4, "group_size": g, "symmetric": s} for g in (128, 64, 32) for s in (True, False)),
         "int8",
         "fp8",
     )
