@@ -33,7 +33,7 @@ from random_model import POLICIES, SHAPES, RandomCheckpoint
 from fastgpt import Engine
 from fastgpt.models import registry
 from fastgpt.quant.allocate import Option, Unit, solve
-from fastgpt.quant.family import plan_family
+from fastgpt.quant.plan import plan_family
 from fastgpt.quant.policy import Policy
 from fastgpt.quant.sensitivity import OPTIONS, is_free, unit_of
 from fastgpt.units import format_bytes

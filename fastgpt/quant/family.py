@@ -204,9 +204,7 @@ class LayerSearch:
         self.norms, self.residuals = _binary_norms(checkpoint, planned)
         self.report = report
         self.sequences = sequences
-        self._one = partial(
-            _one, checkpoint, self.norms, self.residuals, report, device, self.pool
-        )
+        self._one = partial(_one, checkpoint, self.norms, self.residuals, report, device, self.pool)
 
     def start(self, source: Source) -> None:
         """Look the tokens up in the embedding of `source`, as it is stored."""

@@ -164,7 +164,7 @@ def test_budget_of_loss_is_met_by_promotion_where_prediction_fails(monkeypatch):
         units, _ = measure_units(*args)
         return units, Additivity(0.1, 1.0)
 
-    monkeypatch.setattr("fastgpt.quant.quantizer.measure_units", hopeful)
+    monkeypatch.setattr("fastgpt.quant.planner.measure_units", hopeful)
     reference = reference_model(CASES["qwen2"].hf_config)
     plain = Quantizer(reference, CONFIG, calibration=TOKENS)
     plain.convert(progress=False)
