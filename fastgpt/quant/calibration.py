@@ -24,7 +24,7 @@ __all__ = ["Calibration", "token_sequences", "tokens_sha256"]
 
 Texts = Sequence[str] | Sequence[Sequence[int]]
 
-_TOKENS_PER_COLUMN = 16  # from which a Gram matrix is known well
+_TOKENS_PER_COLUMN = 32  # from which a Gram matrix is known well
 _LEAST_SEQUENCES = 16
 
 
@@ -38,7 +38,7 @@ class Calibration:
             sequences; texts or lists of token ids, taken as they are; None: no data.
         prompts: for "self": texts, chats (lists of messages) or token ids.
         num_sequences: most sequences used; every fourth is held out to choose with. "self" writes
-            no more than small models need: 16 tokens per column of the widest weight, at full
+            no more than small models need: 32 tokens per column of the widest weight, at full
             length, and 16 sequences at least.
         num_evaluation: most sequences kept apart from them to measure the finished model on.
         length: tokens of a generated or cut sequence.

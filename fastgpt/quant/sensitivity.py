@@ -178,6 +178,7 @@ def measure_units(
 
     exact = [logits.cpu() for logits in base.logits(read)]
     together = []
+    measured: list[dict[str, Tensor]] = [{} for _ in PROBES]
     for p, probe in enumerate(probes):
         norms: dict[str, Stored] = {n: q for n, q in probe.search.norms.items() if n == _NORM}
         for item in probe.items:
@@ -192,14 +193,15 @@ def measure_units(
                 weights = LayerWeights({_HEAD: dense}, {}, {}, {_HEAD: stats})
                 probe_unit(_HEAD, p, probe.stored, weights)
         source = _with({**probe.stored, **norms}, read)
-        together.append(_divergence(exact, probe.search.states.logits(source))[0])
+        together.append(float(_divergence(exact, probe.search.states.logits(source)).mean()))
         for key in keys:
             states = runs.pop((key, p), base)
             source = read
             if key in (_EMBEDDING, _HEAD):
                 changed = {key: probe.stored[key]}
                 source = _with({**changed, **norms} if key == _HEAD else changed, read)
-            kl, kl_error = _divergence(exact, states.logits(source))
+            measured[p][key] = _divergence(exact, states.logits(source))
+        for key, (kl, kl_error) in _with_unseen(measured[p]).items():
             probed[key][p] = _Probed(probed[key][p].error, kl, kl_error)
     laws = _power_laws(probed)
     units = []
@@ -267,14 +269,30 @@ def _option_errors(
     return errors
 
 
-def _divergence(exact: list[Tensor], logits: Iterable[Tensor]) -> tuple[float, float]:
-    """Return the mean over positions of sum p log(p / q), and its standard error."""
+def _divergence(exact: list[Tensor], logits: Iterable[Tensor]) -> Tensor:
+    """Return sum p log(p / q) of every position."""
     parts = []
     for a, b in zip(exact, logits, strict=True):
         log_p, log_q = a.to(b.device).double().log_softmax(-1), b.double().log_softmax(-1)
         parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).cpu())
-    every = torch.cat(parts)
-    return float(every.mean()), float(every.std()) / math.sqrt(len(every))
+    return torch.cat(parts)
+
+
+def _with_unseen(divergences: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Return by unit the mean KL and its standard error, one unseen event each included.
+
+    A few positions hold most of a KL: a token that changes, an expert that is exchanged. A unit
+    that shows none on these tokens would do so on others, so each counts one more, of the size
+    that such events have in most units: the median of sum KL² / sum KL.
+    """
+    sizes = [float(kl.square().sum() / kl.sum().clamp(min=1e-30)) for kl in divergences.values()]
+    event = sorted(sizes)[len(sizes) // 2] if sizes else 0.0
+    found = {}
+    for key, kl in divergences.items():
+        unseen = event / len(kl)
+        variance = float(kl.var()) / len(kl) if len(kl) > 1 else 0.0
+        found[key] = float(kl.mean()) + unseen, math.sqrt(variance + unseen**2)
+    return found
 
 
 def _power_laws(

@@ -11,7 +11,7 @@ import torch
 from fastgpt.errors import ConfigError
 from fastgpt.quant import Budget, Calibration, Quantizer
 from fastgpt.quant.allocate import Additivity, Option, Unit, solve
-from fastgpt.quant.sensitivity import _power_laws, _Probed, measure_units, unit_of
+from fastgpt.quant.sensitivity import _power_laws, _Probed, _with_unseen, measure_units, unit_of
 from fastgpt.scheme import Format
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -105,6 +105,21 @@ def test_power_laws_trust_slopes_that_are_measured_well():
     assert laws["steep"](1e-4) == pytest.approx(1e-4**0.9, rel=0.1)
     slope = math.log(laws["noisy"](1e-2) / laws["noisy"](1e-4)) / math.log(100)
     assert slope == pytest.approx(0.64, abs=0.05)
+
+
+def test_a_unit_that_showed_nothing_still_counts_an_event():
+    """Ten units exchange an expert now and then; the eleventh did not on these tokens."""
+    generator = torch.Generator().manual_seed(5)
+    kl = {
+        f"{i}": torch.where(torch.rand(1000, generator=generator) < 0.01, 0.4, 1e-7).double()
+        for i in range(10)
+    }
+    kl["silent"] = torch.full((1000,), 1e-7, dtype=torch.float64)
+    found = _with_unseen(kl)
+    mean, error = found["silent"]
+    assert mean == pytest.approx(0.4 / 1000, rel=0.01)
+    assert error >= 0.9 * mean  # so its slope is that of the others
+    assert found["0"][0] == pytest.approx(float(kl["0"].mean()) + 0.4 / 1000, rel=1e-4)
 
 
 def test_solve_meets_a_loss_with_few_bytes():
