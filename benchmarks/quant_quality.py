@@ -107,7 +107,8 @@ def texts_of(model: str, num_tokens: int) -> tuple[list[list[int]], list[list[in
                 texts.append(ids)
                 total += len(ids)
         return prompts[:66], texts
-    questions = [p for t in TASKS for p in draw_problems(t, 22, seed=5, held_out=False)]
+    drawn = [draw_problems(t, 22, seed=5, held_out=False) for t in TASKS]
+    questions = [problem for each in zip(*drawn, strict=True) for problem in each]  # tasks in turn
     prompts = [prompt for prompt, _ in encode_problems(tokenizer, questions)]
     each = num_tokens // (100 * len(TASKS)) + 1  # a problem takes more than a hundred tokens
     return prompts, chain_sequences(tokenizer, each, seed=9, held_out=True)

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,18 +43,16 @@ Stored = Tensor | QuantizedTensor
 
 _INT3 = {"format": "int3", "symmetric": False}
 _INT4 = {"format": "int4"}
-# From the cheapest; a weight may also be kept as it is. int8 has a seventeenth of fp8's error.
-OPTIONS = tuple(
-    Format.parse(value)
-    for value in (
-        {"format": "int2"},
-        _INT3,
-        {**_INT3, "group_size": 32},
-        *({**_INT4, "group_size": g, "symmetric": s} for g in (128, 64, 32) for s in (True, False)),
-        "int8",
-        "fp8",
-    )
+_CHOICES: tuple[str | dict[str, Any], ...] = (
+    {"format": "int2"},
+    _INT3,
+    {**_INT3, "group_size": 32},
+    *({**_INT4, "group_size": g, "symmetric": s} for g in (128, 64, 32) for s in (True, False)),
+    "int8",
+    "fp8",
 )
+# From the cheapest; a weight may also be kept as it is. int8 has a seventeenth of fp8's error.
+OPTIONS = tuple(Format.parse(value) for value in _CHOICES)
 PROBES = (Format.parse(_INT3), Format.parse(_INT4))
 _FREE_ROLES = ("attention_weights", "residual_connections", "io_layers")
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
