@@ -129,8 +129,12 @@ class Job:
 
 
 def test_groups() -> list[list[str]]:
-    """Return what each pytest process runs: the files of one op family each, then all the rest."""
-    files = sorted((ROOT / "tests/python/ops").glob("test_*.py"))
+    """Return what each pytest process runs: a file with tests on the device each, then the rest."""
+    files = sorted(
+        path
+        for path in (ROOT / "tests/python").rglob("test_*.py")
+        if path.parent.name == "ops" or "gpu" in path.read_text()
+    )
     rest = ["tests", *(f"--ignore={path.relative_to(ROOT)}" for path in files)]
     rest += ["--ignore=tests/e2e", "--ignore=tests/python/server"]  # HTTP clients, no GPU tests
     return [*([str(path.relative_to(ROOT))] for path in files), rest]
