@@ -265,7 +265,7 @@ struct Scorer {
     }
     share_factors(factor);
     device::fence_async_proxy();
-    device::named_barrier_arrive(kReady, 2 * kGroupThreads);
+    device::named_barrier<kReady>(2 * kGroupThreads);
   }
 
   template <bool kHide>
@@ -317,7 +317,7 @@ struct Scorer {
     float inverse[2];
     inverse_sums(softmax, inverse);
     share_factors(inverse);
-    device::named_barrier_arrive(kReady, 2 * kGroupThreads);
+    device::named_barrier<kReady>(2 * kGroupThreads);
     store<T>(args, work, out, inverse, 0);
     if (work.is_split && threadIdx.x % 4 == 0) {
 #pragma unroll
@@ -352,7 +352,7 @@ __device__ void accumulate(const PagedArgs& args, const Work& work, Shared& shar
     if (threadIdx.x % 32 == 0) {
       device::barrier_arrive(&shared.empty[tile % kStages][1], 1);
     }
-    device::named_barrier_arrive(kTaken, 2 * kGroupThreads);
+    device::named_barrier<kTaken>(2 * kGroupThreads);
   }
   device::named_barrier<kReady>(2 * kGroupThreads);
   const float inverse[2] = {shared.row_factor[row], shared.row_factor[row + 8]};
