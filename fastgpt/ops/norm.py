@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops._library import call
-from fastgpt.ops.scratch import empty
+from fastgpt.ops.scratch import empty, empty_like
 
 __all__ = ["add_rms_norm", "embedding", "rms_norm", "rotary", "silu_mul"]
 
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, out: Tensor | None
     Source: RMSNorm, arXiv:1910.07467.
     """
     if out is None:
-        out = empty(x.shape, x.dtype, x.device)
+        out = empty_like(x)
     call(_ops.rms_norm.default, x, weight, eps, out)
     return out
 
@@ -51,7 +51,7 @@ def add_rms_norm(
         InvalidArgument: if shapes, dtypes or strides do not fit.
     """
     if out is None:
-        out = empty(x.shape, x.dtype, x.device)
+        out = empty_like(x)
     call(_ops.add_rms_norm.default, x, residual, weight, eps, out)
     return out
 
