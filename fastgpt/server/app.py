@@ -211,6 +211,11 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         message, field = describe_validation_errors(list(error.errors()))
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if isinstance(
+            error.body, bytes | str
+        ):  # taken for text: a page of another site may send that
+            message = f"content-type is {kind!r}; send the body as application/json"
         return refuse(request, 400, error_body(message, param=field))
 
     @app.exception_handler(HTTPException)

@@ -299,6 +299,19 @@ def test_malformed_body_is_one_clear_error(served, content, status):
     assert served.get("health").status_code == 200
 
 
+def test_a_body_that_is_not_called_json_is_refused_by_that_name(served):
+    """Not read all the same: any web page may send text to a server on this machine."""
+    response = served.post(
+        "v1/completions",
+        content=b'{"prompt": "x"}',
+        headers={"content-type": "application/x-www-form-urlencoded"},
+    )
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert "application/x-www-form-urlencoded" in message
+    assert "application/json" in message
+
+
 def test_unknown_model_path_and_method(served, client):
     with pytest.raises(openai.NotFoundError, match="gpt-9"):
         client.completions.create(model="gpt-9", prompt="x")
