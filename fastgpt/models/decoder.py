@@ -4,7 +4,7 @@ Sources: Llama 3, arXiv:2407.21783; Qwen2, arXiv:2407.10671; Qwen3, arXiv:2505.0
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,9 +15,20 @@ from fastgpt.layers.moe import GatedFeedForward
 from fastgpt.layers.rotary import RopeConfig, cos_sin_table
 from fastgpt.layers.weights import Allocate, Source, WeightLoader
 from fastgpt.models.model import Block, KVLayout, Layer, Model
-from fastgpt.models.spec import Family, ParamSpec, ValueHeads, field, size
+from fastgpt.models.spec import Family, LoadLayer, ParamSpec, ValueHeads, field, size
 
-__all__ = ["LLAMA", "QWEN2", "QWEN3", "DecoderConfig", "build", "load_head", "roles"]
+__all__ = [
+    "LLAMA",
+    "QWEN2",
+    "QWEN3",
+    "DecoderConfig",
+    "build",
+    "build_stack",
+    "head_roles",
+    "load_feed_forward",
+    "load_head",
+    "roles",
+]
 
 
 @dataclass(frozen=True)
@@ -186,15 +197,46 @@ def value_heads(config: DecoderConfig) -> ValueHeads:
     return ValueHeads("v_proj", config.num_heads, config.num_kv_heads, config.head_dim, 0)
 
 
-def build(
-    config: DecoderConfig,
+class StackConfig(Protocol):
+    """What `build_stack` asks of a family's configuration."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def max_position(self) -> int: ...
+    @property
+    def rope(self) -> RopeConfig: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
+
+
+def build_stack(
+    config: StackConfig,
     source: Source,
     device: torch.device,
     dtype: torch.dtype,
     allocate: Allocate,
-    max_position: int | None = None,
+    max_position: int | None,
+    *,
+    load_layer: LoadLayer,
+    kv_layout: KVLayout,
+    head_dim_v: int,
 ) -> Model:
-    """Return the model; see `fastgpt.models.spec.Build`."""
+    """Return a model of pre-normalized layers between an embedding and a head; see `spec.Build`.
+
+    Args:
+        load_layer: the family's.
+        kv_layout: shape of the cache.
+        head_dim_v: columns of a head's output in the attention kernel.
+    """
     loader = WeightLoader(source, device, dtype, allocate)
     hidden, eps = config.hidden_size, config.norm_eps
     limit = min(max_position or config.max_position, config.max_position)
@@ -213,19 +255,34 @@ def build(
     head = load_head(loader, embedding, config.vocab_size, hidden, config.tie_word_embeddings)
     return Model(
         config=config,
-        kv_layout=kv_layout(config),
+        kv_layout=kv_layout,
         embedding=embedding,
         first_norm=first_norm,
         blocks=blocks,
         head=head,
         num_heads=config.num_heads,
-        head_dim_v=config.head_dim,
+        head_dim_v=head_dim_v,
         workspace=workspace,
         device=device,
         dtype=dtype,
         max_position=limit,
         allocate=allocate,
     )
+
+
+def build(
+    config: DecoderConfig,
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    allocate: Allocate,
+    max_position: int | None = None,
+) -> Model:
+    """Return the model; see `fastgpt.models.spec.Build`."""
+    return build_stack(
+        config, source, device, dtype, allocate, max_position,
+        load_layer=load_layer, kv_layout=kv_layout(config), head_dim_v=config.head_dim,
+    )  # fmt: skip
 
 
 def _attention(

@@ -14,10 +14,10 @@ from fastgpt.errors import CheckpointError
 from fastgpt.layers.attention import Workspace
 from fastgpt.layers.mla import MlaAttention
 from fastgpt.layers.moe import GatedFeedForward, MixtureOfExperts
-from fastgpt.layers.rotary import RopeConfig, cos_sin_table
+from fastgpt.layers.rotary import RopeConfig
 from fastgpt.layers.weights import Allocate, Source, WeightLoader
-from fastgpt.models.decoder import head_roles, load_feed_forward, load_head
-from fastgpt.models.model import Block, KVLayout, Layer, Model
+from fastgpt.models.decoder import build_stack, head_roles, load_feed_forward
+from fastgpt.models.model import KVLayout, Layer, Model
 from fastgpt.models.spec import Family, ParamSpec, ValueHeads, field, size
 from fastgpt.ops import ArrangedWeight
 
@@ -287,37 +287,10 @@ def build(
     max_position: int | None = None,
 ) -> Model:
     """Return the model; see `fastgpt.models.spec.Build`."""
-    loader = WeightLoader(source, device, dtype, allocate)
-    hidden, eps = config.hidden_size, config.norm_eps
-    limit = min(max_position or config.max_position, config.max_position)
-    cos_sin = loader.place_table("rotary.cos_sin", cos_sin_table(config.rope, limit))
-    embedding = loader.dense("model.embed_tokens.weight", (config.vocab_size, hidden))
-    workspace = Workspace()
-    first_norm = loader.norm("model.layers.0.input_layernorm.weight", hidden, eps)
-    blocks = []
-    for i in range(config.num_layers):
-        layer = load_layer(config, i, loader, cos_sin, workspace)
-        following = f"model.layers.{i + 1}.input_layernorm"
-        if i + 1 == config.num_layers:
-            following = "model.norm"
-        next_norm = loader.norm(f"{following}.weight", hidden, eps)
-        blocks.append(Block(layer.attention, layer.post_norm, layer.feed_forward, next_norm))
-    head = load_head(loader, embedding, config.vocab_size, hidden, config.tie_word_embeddings)
-    return Model(
-        config=config,
-        kv_layout=kv_layout(config),
-        embedding=embedding,
-        first_norm=first_norm,
-        blocks=blocks,
-        head=head,
-        num_heads=config.num_heads,
-        head_dim_v=config.kv_lora_rank,
-        workspace=workspace,
-        device=device,
-        dtype=dtype,
-        max_position=limit,
-        allocate=allocate,
-    )
+    return build_stack(
+        config, source, device, dtype, allocate, max_position,
+        load_layer=load_layer, kv_layout=kv_layout(config), head_dim_v=config.kv_lora_rank,
+    )  # fmt: skip
 
 
 def _attention(
