@@ -422,7 +422,9 @@ class Suite:
                 "-shared",
             )
             verdicts["model"] = why_it_fails(
-                [sys.executable, "-c", MODEL], {"PYTHONPATH": str(folder / "package")}
+                # -P: not the fastgpt of the folder this runs in.
+                [sys.executable, "-P", "-c", MODEL],
+                {"PYTHONPATH": str(folder / "package")},
             )
         return verdicts
 
