@@ -242,13 +242,13 @@ MUTANTS = [
     mutant(
         "eviction does not wait for the users",
         "layer_cache_swap.cpp",
-        "      upstream.wait(out_stream_, used.get());\n",
+        "    upstream.wait(out_stream_, done);\n",
         "",
     ),
     mutant(
         "restore not waited for",
         "layer_cache_swap.cpp",
-        "    upstream.wait(stream, returned.get());\n",
+        "  upstream.wait(stream, returned.get());\n",
         "",
     ),
     mutant(
@@ -286,8 +286,8 @@ MUTANTS = [
     mutant(
         "eviction forgets to lock again",
         "layer_cache_swap.cpp",
-        "  lock.lock();\n  if (host != nullptr) {\n    drop_host_copy",
-        "  if (host != nullptr) {\n    drop_host_copy",
+        "  lock.lock();\n  finish_eviction(buffer, host);",
+        "  finish_eviction(buffer, host);",
         threads=True,
     ),
 ]
