@@ -39,14 +39,14 @@ struct Shared {
   float row_factor[kRows];  // what group 1 multiplies its outputs by
   std::uint64_t full[kStages][kPieces];
   std::uint64_t empty[kStages][kPieces];
+  std::uint64_t ready;  // group 0 has written a tile's probabilities and factors
+  std::uint64_t taken;  // group 1 has read them
 };
 static_assert(sizeof(Shared) <= 227 << 10);
 
 // Named barriers of the two multiplying groups.
 enum : int {
   kAll = 1,  // both
-  kReady,    // probabilities and factors are in shared memory
-  kTaken,    // group 1 has multiplied them
   kOwn,      // group 0 among itself
 };
 
@@ -170,6 +170,12 @@ __device__ void store(const PagedArgs& args, const Work& work,
   }
 }
 
+// Say once a warp that all its lanes are done with what `barrier` guards.
+[[maybe_unused]] __device__ void arrive_as_warp(std::uint64_t& barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) device::barrier_arrive(&barrier, 1);
+}
+
 // Start out += p values for this group's columns; p in registers or in shared memory.
 template <class T, class P>
 __device__ void start_outputs(float (&out)[kGroupColumns / 2], const P& p, Shared& shared,
@@ -199,9 +205,7 @@ struct Scorer {
   int limit[2];  // keys each of this thread's rows may see
 
   __device__ void release(int stage, int piece) const {
-    if (threadIdx.x % 32 == 0) {
-      device::barrier_arrive(&shared.empty[stage][piece], 1);
-    }
+    arrive_as_warp(shared.empty[stage][piece]);
   }
 
   // Columns of one piece, once it is there; the last piece comes first.
@@ -265,7 +269,7 @@ struct Scorer {
     }
     share_factors(factor);
     device::fence_async_proxy();
-    device::named_barrier<kReady>(2 * kGroupThreads);
+    arrive_as_warp(shared.ready);
   }
 
   template <bool kHide>
@@ -283,7 +287,7 @@ struct Scorer {
     release((tile - 1) % kStages, 0);
     scale_rows(out, factor);
     if constexpr (kHide) clear_values(tile);
-    device::named_barrier<kTaken>(2 * kGroupThreads);
+    device::barrier_wait(&shared.taken, (tile - 1) % 2);
     share_probabilities(factor);
   }
 
@@ -311,13 +315,13 @@ struct Scorer {
       start_own_outputs(work.num_tiles - 1);
       device::wgmma_wait<0>();
       hold_all(scores, p, out);
-      device::named_barrier<kTaken>(2 * kGroupThreads);
+      device::barrier_wait(&shared.taken, (work.num_tiles - 1) % 2);
     }
     softmax.finish();
     float inverse[2];
     inverse_sums(softmax, inverse);
     share_factors(inverse);
-    device::named_barrier<kReady>(2 * kGroupThreads);
+    arrive_as_warp(shared.ready);
     store<T>(args, work, out, inverse, 0);
     if (work.is_split && threadIdx.x % 4 == 0) {
 #pragma unroll
@@ -341,7 +345,7 @@ __device__ void accumulate(const PagedArgs& args, const Work& work, Shared& shar
 #pragma unroll
   for (int i = 0; i < kGroupColumns / 2; ++i) out[i] = 0.0F;
   for (int tile = 0; tile < work.num_tiles; ++tile) {
-    device::named_barrier<kReady>(2 * kGroupThreads);
+    device::barrier_wait(&shared.ready, tile % 2);
     const float factor[2] = {shared.row_factor[row], shared.row_factor[row + 8]};
     scale_rows(out, factor);
     device::wgmma_hold(out);
@@ -349,12 +353,10 @@ __device__ void accumulate(const PagedArgs& args, const Work& work, Shared& shar
         out, [&](int i) { return p + std::uint64_t(i) * 2; }, shared, tile % kStages, 1);
     device::wgmma_wait<0>();
     device::wgmma_hold(out);
-    if (threadIdx.x % 32 == 0) {
-      device::barrier_arrive(&shared.empty[tile % kStages][1], 1);
-    }
-    device::named_barrier<kTaken>(2 * kGroupThreads);
+    arrive_as_warp(shared.empty[tile % kStages][1]);
+    arrive_as_warp(shared.taken);
   }
-  device::named_barrier<kReady>(2 * kGroupThreads);
+  device::barrier_wait(&shared.ready, work.num_tiles % 2);
   const float inverse[2] = {shared.row_factor[row], shared.row_factor[row + 8]};
   store<T>(args, work, out, inverse, 1);
 }
@@ -386,6 +388,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         device::barrier_init(&shared.empty[i][piece], 4);  // a group's warps
       }
     }
+    device::barrier_init(&shared.ready, 4);
+    device::barrier_init(&shared.taken, 4);
     device::barrier_init_fence();
   }
   __syncthreads();

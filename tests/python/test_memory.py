@@ -196,13 +196,16 @@ def test_pool_trim_gives_unused_memory_back(pool: GPTMemoryPool) -> None:
     assert pool.stats().reserved_bytes == 0
 
 
-def test_pool_survives_interpreter_exit_with_live_tensors_and_refuses_fork() -> None:
-    code = """
+@pytest.mark.parametrize("num_hits", [0, 1])
+def test_pool_survives_interpreter_exit_with_live_tensors_and_refuses_fork(num_hits: int) -> None:
+    code = f"""
 import os
 from fastgpt.memory import GPTMemoryPool
 from fastgpt.errors import InvalidArgument
 pool = GPTMemoryPool("cpu", "64MiB")
 tensor = pool.allocate((10,), "layer", contents="zero")
+for _ in range({num_hits}):
+    pool.allocate((10,), "layer")
 pid = os.fork()
 if pid == 0:
     try:
@@ -211,6 +214,7 @@ if pid == 0:
         os._exit(0 if "after the fork" in str(error) else 2)
     os._exit(1)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert float(pool.allocate((10,), "layer").sum()) == 0
 globals()["kept"] = tensor
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -151,28 +151,6 @@ holder.join()
     assert done.stderr == ""
 
 
-def test_fork_is_refused_also_for_a_hot_name() -> None:
-    code = """
-import os
-from fastgpt.memory import GPTMemoryPool
-from fastgpt.errors import InvalidArgument
-pool = GPTMemoryPool("cpu", "64MiB")
-tensor = pool.allocate((10,), "layer", contents="zero")
-pool.allocate((10,), "layer")
-pid = os.fork()
-if pid == 0:
-    try:
-        pool.allocate((10,), "layer")
-    except InvalidArgument as error:
-        os._exit(0 if "after the fork" in str(error) else 2)
-    os._exit(1)
-assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-assert float(pool.allocate((10,), "layer").sum()) == 0
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_mempool_of_a_cpu_pool_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="needs a pool of a CUDA device"):
         GPTMemoryPool("cpu", budget="1MiB").as_mempool()
