@@ -170,12 +170,6 @@ __device__ void store(const PagedArgs& args, const Work& work,
   }
 }
 
-// Say once a warp that all its lanes are done with what `barrier` guards.
-[[maybe_unused]] __device__ void arrive_as_warp(std::uint64_t& barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) device::barrier_arrive(&barrier, 1);
-}
-
 // Start out += p values for this group's columns; p in registers or in shared memory.
 template <class T, class P>
 __device__ void start_outputs(float (&out)[kGroupColumns / 2], const P& p, Shared& shared,
@@ -205,7 +199,9 @@ struct Scorer {
   int limit[2];  // keys each of this thread's rows may see
 
   __device__ void release(int stage, int piece) const {
-    arrive_as_warp(shared.empty[stage][piece]);
+    if (threadIdx.x % 32 == 0) {
+      device::barrier_arrive(&shared.empty[stage][piece], 1);
+    }
   }
 
   // Columns of one piece, once it is there; the last piece comes first.
@@ -269,7 +265,7 @@ struct Scorer {
     }
     share_factors(factor);
     device::fence_async_proxy();
-    arrive_as_warp(shared.ready);
+    device::barrier_arrive(&shared.ready, 1);
   }
 
   template <bool kHide>
@@ -321,7 +317,7 @@ struct Scorer {
     float inverse[2];
     inverse_sums(softmax, inverse);
     share_factors(inverse);
-    arrive_as_warp(shared.ready);
+    device::barrier_arrive(&shared.ready, 1);
     store<T>(args, work, out, inverse, 0);
     if (work.is_split && threadIdx.x % 4 == 0) {
 #pragma unroll
@@ -353,8 +349,10 @@ __device__ void accumulate(const PagedArgs& args, const Work& work, Shared& shar
         out, [&](int i) { return p + std::uint64_t(i) * 2; }, shared, tile % kStages, 1);
     device::wgmma_wait<0>();
     device::wgmma_hold(out);
-    arrive_as_warp(shared.empty[tile % kStages][1]);
-    arrive_as_warp(shared.taken);
+    if (threadIdx.x % 32 == 0) {
+      device::barrier_arrive(&shared.empty[tile % kStages][1], 1);
+    }
+    device::barrier_arrive(&shared.taken, 1);
   }
   device::barrier_wait(&shared.ready, work.num_tiles % 2);
   const float inverse[2] = {shared.row_factor[row], shared.row_factor[row + 8]};
@@ -388,8 +386,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         device::barrier_init(&shared.empty[i][piece], 4);  // a group's warps
       }
     }
-    device::barrier_init(&shared.ready, 4);
-    device::barrier_init(&shared.taken, 4);
+    // All threads arrive, not a lane for its warp: so racecheck can follow what is ordered.
+    device::barrier_init(&shared.ready, kGroupThreads);
+    device::barrier_init(&shared.taken, kGroupThreads);
     device::barrier_init_fence();
   }
   __syncthreads();
