@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from fastgpt.errors import RequestError
@@ -21,6 +23,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
+MAX_TOKEN_ID = 2**31 - 1  # of any vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +59,30 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _check_range("max_tokens", self.max_tokens, 1, None)
+        _check_range("max_tokens", self.max_tokens, 1, None, kind=Integral)
         _check_range("temperature", self.temperature, 0, 2)
         _check_range("top_p", self.top_p, 0, 1, exclude_low=True)
-        _check_range("top_k", self.top_k, 0, 2**31 - 1)
+        _check_range("top_k", self.top_k, 0, 2**31 - 1, kind=Integral)
         _check_range("min_p", self.min_p, 0, 1)
         _check_range("repetition_penalty", self.repetition_penalty, 0, 10, exclude_low=True)
         _check_range("presence_penalty", self.presence_penalty, -2, 2)
         _check_range("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_range("seed", self.seed, -(2**63), 2**63 - 1)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise RequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS}")
-        for stop in self.stop:
-            if not 1 <= len(stop) <= MAX_STOP_CHARS:
+        _check_range("seed", self.seed, -(2**63), 2**63 - 1, kind=Integral)
+        stop = (self.stop,) if isinstance(self.stop, str) else _as_tuple("stop", self.stop)
+        object.__setattr__(self, "stop", stop)
+        if len(stop) > MAX_STOP_STRINGS:
+            raise RequestError(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS}")
+        for text in stop:
+            if not isinstance(text, str):
+                raise RequestError(f"stop holds {text!r}; expected texts")
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
                 raise RequestError(
-                    f"a stop string has {len(stop)} characters; expected 1 to {MAX_STOP_CHARS}"
+                    f"a stop string has {len(text)} characters; expected 1 to {MAX_STOP_CHARS}"
                 )
+        stop_token_ids = _as_tuple("stop_token_ids", self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        for token_id in stop_token_ids:
+            _check_range("a stop token id", token_id, 0, MAX_TOKEN_ID, kind=Integral)
 
     def resolve(self, generation_config: dict[str, Any]) -> "SamplingParams":
         """Return a copy with the checkpoint's generation_config in place of None (but max_tokens).
@@ -108,16 +117,32 @@ class SamplingParams:
 
 
 def _check_range(
-    name: str, value: float | None, low: float, high: float | None, *, exclude_low: bool = False
+    name: str,
+    value: Any,
+    low: float,
+    high: float | None,
+    *,
+    kind: Any = Real,
+    exclude_low: bool = False,
 ) -> None:
+    """Raise RequestError unless value is None or a number of this kind within the bounds."""
     if value is None:
         return
+    if not isinstance(value, kind) or isinstance(value, bool):
+        expected = "an integer" if kind is Integral else "a number"
+        raise RequestError(f"{name} is {value!r}; expected {expected}")
     too_low = value <= low if exclude_low else value < low
     if not math.isfinite(value) or too_low or (high is not None and value > high):
         bound = f"{'>' if exclude_low else '>='} {low}"
         if high is not None:
             bound += f" and <= {high}"
         raise RequestError(f"{name} is {value}; expected {bound}")
+
+
+def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if isinstance(value, bytes | str) or not isinstance(value, Sequence):
+        raise RequestError(f"{name} is {value!r}; expected a list")
+    return tuple(value)
 
 
 @dataclass(frozen=True)
