@@ -17,6 +17,7 @@ __all__ = [
     "OptimizationConfig",
     "ServerConfig",
     "ServiceConfig",
+    "check_int",
 ]
 
 # Words of other servers and of the article's text, and our name for them.
@@ -55,11 +56,11 @@ class ServiceConfig:
     num_workers: int = 4
 
     def __post_init__(self) -> None:
-        _check_int("service.port", self.port, 0, 65535)
-        _check_int("service.batch_size", self.batch_size, 1, 1024)
-        _check_int("service.max_length", self.max_length, 2, 2**20)
-        _check_int("service.min_batch", self.min_batch, 1, self.batch_size, "batch_size")
-        _check_int("service.num_workers", self.num_workers, 1, 256)
+        check_int("service.port", self.port, 0, 65535)
+        check_int("service.batch_size", self.batch_size, 1, 1024)
+        check_int("service.max_length", self.max_length, 2, 2**20)
+        check_int("service.min_batch", self.min_batch, 1, self.batch_size, "batch_size")
+        check_int("service.num_workers", self.num_workers, 1, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ class HardwareConfig:
     swap_to_cpu: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("hardware.gpu_id", self.gpu_id, 0, 1023)
+        check_int("hardware.gpu_id", self.gpu_id, 0, 1023)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,7 @@ class OptimizationConfig:
     def __post_init__(self) -> None:
         _only_today("optimization.async_pipeline", self.async_pipeline, True)
         _only_today("optimization.precision", self.precision, "mixed")
-        _check_int("optimization.warmup_iterations", self.warmup_iterations, 0, 1000)
+        check_int("optimization.warmup_iterations", self.warmup_iterations, 0, 1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +226,10 @@ def _typed(name: str, value: Any, kind: type, expected: str) -> Any:
     return value
 
 
-def _check_int(name: str, value: int, low: int, high: int, high_name: str = "") -> None:
+def check_int(name: str, value: Any, low: int, high: int, high_name: str = "") -> None:
+    """Raise ConfigError unless value is an integer from low to high (called high_name)."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; expected an integer")
     if not low <= value <= high:
         raise ConfigError(
             f"{name} is {value}; expected {low} to {high}{f' ({high_name})' if high_name else ''}"

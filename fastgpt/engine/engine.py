@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out, one step after another."""
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 import threading
@@ -15,15 +16,17 @@ from typing import Any, Literal
 import torch
 
 from fastgpt import _C
+from fastgpt.config import check_int
 from fastgpt.engine.batch import InputBuffers
 from fastgpt.engine.block_manager import BlockManager, num_blocks_for
 from fastgpt.engine.cache import plan_num_blocks
 from fastgpt.engine.loading import EngineModel, LoadedModel, load_model
+from fastgpt.engine.prompts import Prompt, as_prompts, encode
 from fastgpt.engine.runner import Runner, measure_activation_bytes, measure_scratch
 from fastgpt.engine.sampler import Sampler
 from fastgpt.engine.scheduler import Scheduler
 from fastgpt.engine.text_stream import StepOutput, StreamPiece, TextStream
-from fastgpt.errors import RequestError
+from fastgpt.errors import ConfigError, RequestError
 from fastgpt.logging import get_logger
 from fastgpt.ops.scratch import Scratch
 from fastgpt.request import (
@@ -41,8 +44,6 @@ _logger = get_logger(__name__)
 
 # What CUDA graphs and cuBLAS-like libraries take from the driver beside the pool.
 _GRAPH_RESERVE_BYTES = 256 << 20
-
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,17 @@ class Engine:
         warmup_iterations: int = 1,
         tokenizer: Tokenizer | str | Path | None = None,
     ) -> None:
+        check_int("max_batch", max_batch, 1, 1024)
+        check_int("max_length", max_length, 2, 2**31 - 1)
+        check_int("block_size", block_size, 16, 128)
+        if max_batch_tokens is not None:
+            check_int("max_batch_tokens", max_batch_tokens, 1, 2**20)
+        check_int("min_batch", min_batch, 1, max_batch, "max_batch")
+        if not batch_timeout_s >= 0:
+            raise ConfigError(f"batch_timeout_s is {batch_timeout_s}; expected 0 or more")
+        if num_blocks is not None:
+            check_int("num_blocks", num_blocks, 1, 2**31 - 1)
+        check_int("warmup_iterations", warmup_iterations, 0, 1000)
         self.loaded: LoadedModel = load_model(
             model,
             device=device,
@@ -195,9 +207,11 @@ class Engine:
         self.limits = Limits(served.vocab_size, self.max_length, num_blocks * block_size)
 
         self._inbox: deque[tuple[Literal["add"], Request] | tuple[Literal["abort"], str]] = deque()
-        self._sinks: dict[str, Callable[[StepOutput], None]] = {}
+        # Every unfinished request, those in the inbox too, and who waits for its outputs.
+        self._sinks: dict[str, Callable[[StepOutput], None] | None] = {}
         self._lock = threading.Lock()
         self._ids = itertools.count()
+        self._ids_lock = threading.Lock()  # of the keys of _sinks
         self._pump: asyncio.Task[None] | None = None
         self._executor: ThreadPoolExecutor | None = None
         self.kernels = self._describe_kernels()
@@ -267,17 +281,18 @@ class Engine:
         token_ids = self.encode(prompt)
         resolved = (params or SamplingParams()).resolve(self.loaded.generation_config)
         max_new_tokens = check_request(token_ids, resolved, self.limits)
-        if request_id is None:
-            request_id = f"request-{next(self._ids)}"
-        elif request_id in self.scheduler:
-            raise RequestError(f"request_id {request_id!r} is in use")
         stop_ids = frozenset(resolved.stop_token_ids)
         if not resolved.ignore_eos:
             stop_ids |= self.loaded.eos_ids
         seed = resolved.seed if resolved.seed is not None else secrets.randbits(63)
-        request = Request(request_id, token_ids, resolved, max_new_tokens, seed, stop_ids)
-        if on_output is not None:
+        with self._ids_lock:
+            if request_id is None:
+                names = (f"request-{number}" for number in self._ids)
+                request_id = next(name for name in names if name not in self._sinks)
+            elif request_id in self._sinks:
+                raise RequestError(f"request_id {request_id!r} is in use; choose another")
             self._sinks[request_id] = on_output
+        request = Request(request_id, token_ids, resolved, max_new_tokens, seed, stop_ids)
         self._inbox.append(("add", request))
         return request_id
 
@@ -289,16 +304,10 @@ class Engine:
         """Return the token ids of a prompt, with exactly one BOS where the model uses one.
 
         Raises:
-            RequestError: if it is text and there is no tokenizer, or the chat template refuses it.
+            RequestError: if it is none of these, if it is text and there is no tokenizer, or if the
+                chat template refuses it.
         """
-        items: list[Any] = [] if isinstance(prompt, str) else list(prompt)
-        if not isinstance(prompt, str) and all(isinstance(item, int) for item in items):
-            return items
-        if self.tokenizer is None:
-            raise RequestError("the model file has no tokenizer; send token ids")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode_prompt(prompt)
-        return self.tokenizer.encode_chat(items)
+        return encode(prompt, self.tokenizer)
 
     def find_request(self, request_id: str) -> Request | None:
         """Return an unfinished request the scheduler has seen."""
@@ -343,13 +352,25 @@ class Engine:
             else StepOutput(r.request_id, r.token_ids[-1:])
             for r in sampled
         ]
-        for output in outputs:
-            sink = self._sinks.get(output.request_id)
-            if sink is not None:
-                if output.finish_reason:
-                    del self._sinks[output.request_id]
-                sink(output)
+        self._hand_out(outputs)
         return outputs
+
+    def _hand_out(self, outputs: list[StepOutput]) -> None:
+        """Give outputs to those who wait; one who fails keeps no other from its own."""
+        failure: Exception | None = None
+        for output in outputs:
+            if output.finish_reason:
+                sink = self._sinks.pop(output.request_id)
+            else:
+                sink = self._sinks[output.request_id]
+            if sink is None:
+                continue
+            try:
+                sink(output)
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     # -- convenience --------------------------------------------------------------------------
 
@@ -367,8 +388,10 @@ class Engine:
         Raises:
             RequestError: if a prompt is invalid; then none is run.
         """
-        several = _as_prompts(prompts)
+        several = as_prompts(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(several)
+        if wrong := [one for one in each if not isinstance(one, SamplingParams | None)]:
+            raise RequestError(f"params hold {wrong[0]!r}; expected SamplingParams or None")
         if len(each) != len(several):
             raise RequestError(f"{len(several)} prompts and {len(each)} params; expected as many")
         token_ids = [self.encode(prompt) for prompt in several]
@@ -383,7 +406,7 @@ class Engine:
                 if not stream.finish_reason:
                     self.abort(stream.request_id)
             with self._lock:  # a stop string's abort frees its blocks now, not at the next step
-                self._take_inbox()
+                self._hand_out(self._take_inbox())
         return [stream.output() for stream in streams]
 
     async def stream(
@@ -397,7 +420,9 @@ class Engine:
         pieces: asyncio.Queue[StreamPiece] = asyncio.Queue()
 
         def put(piece: StreamPiece) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            # Who left the stream may have closed its loop before the engine saw that.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         stream = TextStream(
             self,
@@ -465,11 +490,3 @@ class Engine:
 
         while self.has_work:
             await loop.run_in_executor(executor, run_for_a_while)
-
-
-def _as_prompts(prompts: Any) -> list[Prompt]:
-    """Return a list of prompts for one prompt or several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    several: list[Any] = list(prompts)
-    return [several] if several and isinstance(several[0], int | dict) else several

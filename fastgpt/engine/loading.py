@@ -171,7 +171,16 @@ def load_model(
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = Tokenizer.from_checkpoint(tokenizer)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise ConfigError(
+            f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or a directory"
+        )
     if not isinstance(source, str | Path | Checkpoint):
+        if not hasattr(source, "kv_layout"):
+            raise ConfigError(
+                f"the model is of type {type(source).__name__}; expected a path, a Checkpoint or a "
+                "model of fastgpt.models"
+            )
         model: EngineModel = source
         if swap_to_cpu:
             raise ConfigError(

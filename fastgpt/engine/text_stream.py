@@ -84,6 +84,7 @@ class TextStream:
         self.request_id = engine.add_request(token_ids, params, on_output=self._take)
 
     def _take(self, output: StepOutput) -> None:
+        # Another thread may run the first step before add_request has returned the id.
         if self.finish_reason:
             return  # the last tokens before the engine saw a stop string's abort
         self.token_ids += output.token_ids
@@ -97,12 +98,12 @@ class TextStream:
                 text += self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         if self._stop.stopped:
             if not reason:
-                self._engine.abort(self.request_id)
+                self._engine.abort(output.request_id)
             reason = "stop"
         self.text += text
         self.finish_reason = reason
         if reason:
-            request = self._engine.find_request(self.request_id)
+            request = self._engine.find_request(output.request_id)
             self.timings = output.timings or (request.timings() if request else None)
         if self._on_piece is not None:
             self._on_piece(StreamPiece(text, output.token_ids, reason, self.timings))

@@ -6,8 +6,9 @@ import pytest
 from engine.fake_model import VOCAB, FakeModel, continuation
 from engine.fake_tokenizer import make_files
 
-from fastgpt.engine import Engine
-from fastgpt.errors import OutOfMemory, RequestError
+from fastgpt.engine import Engine, StepOutput
+from fastgpt.engine.text_stream import TextStream
+from fastgpt.errors import ConfigError, OutOfMemory, RequestError
 from fastgpt.request import SamplingParams
 from fastgpt.tokenizer import Tokenizer
 
@@ -189,3 +190,124 @@ def test_stream_yields_the_same_text_and_frees_on_leaving(tokenizer: Tokenizer):
         assert engine.stats().num_free_blocks == engine.stats().num_blocks
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_batch": 0},
+        {"max_batch": "4"},
+        {"max_length": 1},
+        {"block_size": 0},
+        {"block_size": 256},
+        {"max_batch_tokens": 0},
+        {"min_batch": 9},
+        {"batch_timeout_s": -1},
+        {"num_blocks": 0},
+        {"warmup_iterations": True},
+    ],
+    ids=str,
+)
+def test_engine_refuses_settings_by_name_before_it_loads(settings: dict):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ConfigError, match=rf"{name} is .*{value}.*; expected"):
+        Engine("no such model", **{"max_batch": 8, **settings})
+
+
+def test_engine_refuses_what_is_no_model_by_its_type():
+    with pytest.raises(ConfigError, match="of type int; expected a path"):
+        Engine(5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        (5, "of type int"),
+        (None, "of type NoneType"),
+        ({"role": "user", "content": "x"}, "of type dict"),
+        (b"abc", "of type bytes"),
+        ([None], "of type NoneType"),
+        ([[1.5]], "a list of float"),
+        ([[True]], "a list of bool"),
+        ([[1, "a"]], "a list of int and str"),
+    ],
+    ids=str,
+)
+def test_generate_refuses_what_is_no_prompt(tokenizer: Tokenizer, prompts, words: str):
+    engine = make_engine(tokenizer=tokenizer)
+    with pytest.raises(RequestError, match=words):
+        engine.generate(prompts, GREEDY)
+    with pytest.raises(RequestError, match="expected SamplingParams"):
+        engine.generate([[1]], [{"max_tokens": 3}])
+
+
+def test_add_request_refuses_an_id_that_waits_in_the_inbox():
+    """It overwrote the waiting one: both ended in a KeyError and a block was lost for good."""
+    engine = make_engine()
+    engine.add_request([9], GREEDY, request_id="request-0")
+    with pytest.raises(RequestError, match="'request-0' is in use"):
+        engine.add_request([9], GREEDY, request_id="request-0")
+    assert engine.add_request([9], GREEDY) == "request-1"
+    while engine.has_work:
+        engine.step()
+    assert engine.add_request([9], GREEDY, request_id="request-0") == "request-0"
+
+
+def test_generate_keeps_nothing_of_a_request_that_ended_at_a_stop_string(tokenizer: Tokenizer):
+    engine = make_engine(tokenizer=tokenizer)
+    stop = engine.generate(["abc"], GREEDY)[0].text[3:5]
+    others: list[StepOutput] = []
+    request_id = engine.add_request([9], SamplingParams(max_tokens=99), on_output=others.append)
+    params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True, stop=stop)
+    engine.generate(["abc"], params)
+    assert list(engine._sinks) == [request_id]
+    # An abort that generate takes from the inbox is told to who waits for it.
+    engine.abort(request_id)
+    engine.generate([[1]], SamplingParams(max_tokens=1))
+    assert others[-1].finish_reason == "abort"
+    assert not engine._sinks
+
+
+def test_generate_after_a_stream_whose_loop_is_closed(tokenizer: Tokenizer):
+    """The abort of the stream that was left reached a closed event loop in another's step."""
+    engine = make_engine(tokenizer=tokenizer)
+
+    async def leave() -> None:
+        async for _ in engine.stream("abc", SamplingParams(max_tokens=90, ignore_eos=True)):
+            break
+
+    asyncio.run(leave())
+    assert engine.generate([[9]], GREEDY)[0].token_ids == continuation([9], 9)
+
+
+def test_a_failing_sink_keeps_no_output_from_the_others():
+    engine = make_engine()
+    got: list[StepOutput] = []
+
+    def fail(output: StepOutput) -> None:
+        raise ZeroDivisionError
+
+    engine.add_request([9], GREEDY, on_output=fail)
+    engine.add_request([9], GREEDY, on_output=got.append)
+    with pytest.raises(ZeroDivisionError):
+        engine.step()
+    assert [output.token_ids for output in got] == [continuation([9], 1)]
+
+
+def test_request_that_ends_in_another_thread_before_its_id_is_known(tokenizer: Tokenizer):
+    """The stepping thread asked the stream for an id that add_request had not returned yet."""
+    engine = make_engine(tokenizer=tokenizer)
+
+    class StepsAtOnce:
+        tokenizer = engine.tokenizer
+        abort, find_request = engine.abort, engine.find_request
+
+        def add_request(self, *args, **kwargs) -> str:
+            request_id = engine.add_request(*args, **kwargs)
+            while engine.has_work:
+                engine.step()
+            return request_id
+
+    stop = engine.generate(["abc"], GREEDY)[0].text[0]
+    ids = tokenizer.encode_prompt("abc")
+    assert TextStream(StepsAtOnce(), ids, SamplingParams(stop=stop)).finish_reason == "stop"
