@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -190,10 +191,15 @@ def create_app(
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Turn every failure of a request into OpenAI's error object."""
 
-    def refuse(request: Request, status: int, body: dict[str, Any]) -> Response:
+    def refuse(
+        request: Request,
+        status: int,
+        body: dict[str, Any],
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
         metrics.count_rejected(status)
         _logger.debug("%s: %d: %s", request.state.request_id, status, body["error"]["message"])
-        return JsonResponse(body, status)
+        return JsonResponse(body, status, headers)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -210,18 +216,19 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
-        message, field = describe_validation_errors(list(error.errors()))
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if isinstance(
-            error.body, bytes | str
-        ):  # taken for text: a page of another site may send that
-            message = f"content-type is {kind!r}; send the body as application/json"
+        message, field = describe_validation_errors([dict(e) for e in error.errors()])
+        # Taken for text, whatever it holds: a page of another site may send that.
+        kind = request.headers.get("content-type", "")
+        if isinstance(error.body, bytes):
+            message, field = f"content-type is {kind!r}; send the body as application/json", None
         return refuse(request, 400, error_body(message, param=field))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return refuse(request, error.status_code, error_body(message))
+        if isinstance(error.__cause__, ValueError | RecursionError):  # of the JSON parser
+            message = f"the body is not valid JSON: {str(error.__cause__).partition(';')[0]}"
+        return refuse(request, error.status_code, error_body(message), error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected_error(request: Request, error: Exception) -> Response:

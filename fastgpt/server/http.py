@@ -1,6 +1,7 @@
 """Plain ASGI pieces: request ids, the body limit, event streams that notice a disconnect."""
 
 import asyncio
+import contextlib
 import re
 import secrets
 from collections.abc import AsyncGenerator, Callable
@@ -79,22 +80,22 @@ class BodyLimit:
         async def counted_receive() -> Message:
             nonlocal num_bytes
             message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > self.max_bytes:
-                    raise _TooLarge
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_bytes:
+                raise _TooLarge
             return message
 
-        async def noted_send(message: Message) -> None:
+        async def send_unless_refused(message: Message) -> None:
+            # The framework answers a body that it could not read in its own words.
             nonlocal started
-            started = True
-            await send(message)
+            if started or num_bytes <= self.max_bytes:
+                started = True
+                await send(message)
 
-        try:
-            await self.app(scope, counted_receive, noted_send)
-        except _TooLarge:
-            if not started:
-                await self._refuse(scope, receive, send)
+        with contextlib.suppress(_TooLarge):
+            await self.app(scope, counted_receive, send_unless_refused)
+        if not started:
+            await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         # A client that is still sending would miss the answer: take the rest, within reason.

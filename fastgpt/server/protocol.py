@@ -3,9 +3,10 @@
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from fastgpt.request import SamplingParams
+from fastgpt.request import MAX_TOKEN_ID, SamplingParams
 
 __all__ = [
     "ApiError",
@@ -68,8 +69,14 @@ def error_body(
     param: str | None = None,
     code: str | None = None,
 ) -> dict[str, Any]:
-    """Return OpenAI's error object."""
+    """Return OpenAI's error object. What is not Unicode in a client's words is escaped."""
+    message = _escape_surrogates(message)
+    param = None if param is None else _escape_surrogates(param)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _escape_surrogates(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class StreamOptions(BaseModel):
@@ -84,6 +91,7 @@ Stop = (
     Annotated[str, Field(min_length=1)]
     | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16)]
 )
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -103,7 +111,7 @@ class _GenerationRequest(BaseModel):
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -173,7 +181,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
     name: str | None = None
     # What an answer of ours carries, so that a client may send it back as it came. Reasoning of
     # earlier turns is not part of a prompt (R1's own template drops it).
@@ -183,6 +191,15 @@ class Message(BaseModel):
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "Message":
+        # An answer of ours without text has content null when it comes back.
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError(
+                "missing", "a {role} message has no content; send a text", {"role": self.role}
+            )
+        return self
 
     def for_template(self) -> dict[str, Any]:
         """Return what chat templates expect."""
@@ -219,31 +236,56 @@ class CompletionRequest(_GenerationRequest):
 
     prompt: str | Annotated[list[int], Field(min_length=1)]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_several_prompts(cls, body: Any) -> Any:
+        prompt = body.get("prompt") if isinstance(body, dict) else None
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+            raise ApiError(
+                400, f"prompt is a list of {len(prompt)} prompts; send one a request",
+                param="prompt",
+            )  # fmt: skip
+        return body
+
 
 def describe_validation_errors(errors: list[dict[str, Any]]) -> tuple[str, str | None]:
-    """Return one line and the field for the first of pydantic's errors.
+    """Return one line and the field for the most telling of pydantic's errors.
 
     >>> describe_validation_errors([{"loc": ("body", "top_p"), "msg": "Input should be less than \
 or equal to 1", "input": 3, "type": "x"}])
     ('top_p: Input should be less than or equal to 1, not 3', 'top_p')
     """
     error = errors[0]
-    loc = [str(part) for part in error.get("loc", ()) if part != "body"]
     if error.get("type") == "json_invalid":
         detail = error.get("ctx", {}).get("error", "")
-        position = loc[0] if loc else "?"
+        position = error["loc"][-1]
         return f"the body is not valid JSON: {detail} at character {position}", None
+    # A union has an error of each of its types: the telling one is of the type that was meant.
+    field = _field(error)
+    of_field = [e for e in errors if f"{_field(e)}.".startswith(f"{field}.")]
+    meant = [e for e in of_field if _field(e) != field or e.get("type") not in _OTHER_TYPE]
     message = str(error["msg"])
-    # Unions add the name of the tried type to the location; show the field alone.
-    field = ".".join(part for part in loc if "[" not in part and "-" not in part) or None
-    if error.get("type") in ("missing", "model_attributes_type") or "input" not in error:
-        return f"{field}: {message}" if field else f"the body: {message}", field
-    value = repr(error["input"])
-    shown = value if len(value) <= 60 else value[:57] + "..."
-    return f"{field or 'the body'}: {message}, not {shown}", field
+    if meant:
+        error, message = meant[0], str(meant[0]["msg"])
+    elif len(of_field) > 1:
+        message = " or ".join([message, *(_TYPE_NAMES[e["type"]] for e in of_field[1:])])
+    field = _field(error)
+    if not field and error.get("type") == "missing":
+        return "the body is empty; send a JSON object", None
+    shown = f"{field}: {message}" if field else f"the body: {message}"
+    # pydantic names some values itself.
+    if error.get("type") not in ("missing", "too_long", "too_short") and "input" in error:
+        value = repr(error["input"])
+        shown += f", not {value if len(value) <= 60 else value[:57] + '...'}"
+    return shown, field or None
 
 
-def parse_error(error: ValidationError) -> ApiError:
-    """Return the 400 for a body that does not validate."""
-    message, field = describe_validation_errors([dict(e) for e in error.errors()])
-    return ApiError(400, message, param=field)
+# Types of the errors of a union's members that the value is none of.
+_TYPE_NAMES = {"list_type": "a valid list", "string_type": "a valid string"}
+_OTHER_TYPE = frozenset(_TYPE_NAMES)
+
+
+def _field(error: dict[str, Any]) -> str:
+    """Return the dotted name of an error's field, without the names of a union's types."""
+    parts = [str(part) for part in error.get("loc", ()) if part != "body"]
+    return ".".join(p for p in parts if "[" not in p and "-" not in p and p != "str")

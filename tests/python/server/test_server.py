@@ -246,23 +246,29 @@ MESSAGES = [{"role": "user", "content": "x"}]
         ({"max_tokens": 2**63}, "max_tokens", "max_tokens"),
         ({"max_tokens": 10_000}, None, "max_length is 512"),
         ({"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "mean the same"),
-        ({"stop": [""]}, None, "stop"),
-        ({"stop": ["x"] * 17}, None, "stop"),
+        ({"stop": [""]}, "stop.0", "at least 1 character"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16 items after validation, not 17"),
+        ({"stop": 5}, "stop", "a valid string or a valid list, not 5"),
+        ({"stop_token_ids": [2**70]}, "stop_token_ids.0", "less than or equal to 2147483647"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0", "not -1"),
+        ({"\ud800": 1}, "\\ud800", "unknown field '\\ud800'"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
         ({"messages": []}, "messages", "messages"),
         ({"messages": "hi"}, "messages", "messages"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, None, "role"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "not 'wizard'"),
+        ({"messages": [{"role": "user"}]}, "messages.0", "a user message has no content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content", "at least 1 item"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            None,
-            "content",
+            "messages.0.content.0.type",
+            "should be 'text', not 'image_url'",
         ),
         ({"messages": [{"role": "user", "content": "y" * 600}]}, None, "max_length 512"),
     ],
 )
 def test_bad_field_is_one_clear_400(served, fields, param, words):
     body = {"model": "FakeModel", "messages": MESSAGES, **fields}
-    response = served.post("v1/chat/completions", json=body)
+    response = served.post("v1/chat/completions", content=json.dumps(body), headers=JSON)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert words in error["message"]
@@ -273,30 +279,43 @@ def test_bad_field_is_one_clear_400(served, fields, param, words):
 
 
 @pytest.mark.parametrize(
-    ("content", "status"),
+    ("content", "words"),
     [
-        (b"", 400),
-        (b"{", 400),
-        (b"\xff\xfe", 400),
-        (b"[" * 60_000, 400),
-        (b"null", 400),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
-        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400),
-        (b'{"messages": [{"role": "user", "content": "\\u0000"}], "max_tokens": 1}', 200),
-        (b" " * (9 << 20), 413),
+        (b"", "the body is empty"),
+        (b"{", "not valid JSON: Expecting property name"),
+        (b"{} {}", "not valid JSON: Extra data at character 3"),
+        (b'"text"', "the body: Input should be a valid dictionary"),
+        (b'{"messages": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 60_000, "not valid JSON: "),
+        (b'{"max_tokens": ' + b"9" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
+        (b"null", "the body: Input should be a valid dictionary"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "a lone surrogate"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "not nan"),
     ],
-    ids=["empty", "cut", "not-utf8", "nested", "null", "surrogate", "nan", "nul", "huge"],
+    ids=["empty", "cut", "two", "text", "not-utf8", "nested", "digits", "null", "surrogate", "nan"],
 )
-def test_malformed_body_is_one_clear_error(served, content, status):
-    response = served.post(
-        "v1/chat/completions",
-        content=content,
-        headers=JSON,
-    )
-    assert response.status_code == status, response.text
-    if status != 200:
-        assert response.json()["error"]["message"]
+def test_malformed_body_is_one_clear_error(served, content, words):
+    response = served.post("v1/chat/completions", content=content, headers=JSON)
+    assert response.status_code == 400, response.text
+    assert words in response.json()["error"]["message"]
     assert served.get("health").status_code == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_body_above_the_limit_is_413_declared_or_not(served, declared):
+    """A chunked one was a 400 that said nothing of its size."""
+    huge = b" " * (9 << 20)
+    content = huge if declared else (huge[i : i + 65536] for i in range(0, len(huge), 65536))
+    response = served.post("v1/chat/completions", content=content, headers=JSON)
+    assert response.status_code == 413
+    assert "larger than 8388608 bytes" in response.json()["error"]["message"]
+    assert served.get("health").status_code == 200
+
+
+def test_a_nul_in_a_message_is_text(served):
+    content = b'{"messages": [{"role": "user", "content": "\\u0000"}], "max_tokens": 1}'
+    response = served.post("v1/chat/completions", content=content, headers=JSON)
+    assert response.status_code == 200, response.text
 
 
 def test_a_body_that_is_not_called_json_is_refused_by_that_name(served):
@@ -312,13 +331,21 @@ def test_a_body_that_is_not_called_json_is_refused_by_that_name(served):
     assert "application/json" in message
 
 
+def test_several_prompts_in_one_request_are_refused_as_such(served):
+    response = served.post("v1/completions", json={"prompt": ["x", "y"]})
+    assert response.status_code == 400
+    assert "a list of 2 prompts; send one a request" in response.json()["error"]["message"]
+
+
 def test_unknown_model_path_and_method(served, client):
     with pytest.raises(openai.NotFoundError, match="gpt-9"):
         client.completions.create(model="gpt-9", prompt="x")
     response = served.get("v1/nothing")
     assert response.status_code == 404
     assert "error" in response.json()
-    assert served.get("v1/completions").status_code == 405
+    response = served.get("v1/completions")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize("stream", [True, False])
