@@ -12,6 +12,9 @@ __all__ = ["LEVELS", "get_logger", "setup"]
 
 LEVELS = ("debug", "info", "warning", "error")
 
+# Libraries that our commands run, whose warnings go out in the same form.
+_GUESTS = ("uvicorn",)
+
 _ROOT = logging.getLogger("fastgpt")
 _ROOT.addHandler(logging.NullHandler())
 
@@ -49,3 +52,8 @@ def setup(level: str = "info") -> None:
     _ROOT.handlers = [handler]
     _ROOT.setLevel(level.upper())
     _ROOT.propagate = False
+    for name in _GUESTS:
+        guest = logging.getLogger(name)
+        guest.handlers = [handler]
+        guest.setLevel(max(logging.WARNING, _ROOT.level))
+        guest.propagate = False

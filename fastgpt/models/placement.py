@@ -41,7 +41,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = resolved.index if resolved.index is not None else 0
-        if index >= count:
+        if not 0 <= index < count:  # torch keeps an index in 8 bits: 999 is -25
             raise DeviceError(
                 f"device is {device}, but {count} CUDA devices are visible; use --device cpu or "
                 "see `fastgpt doctor`"

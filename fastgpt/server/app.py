@@ -211,7 +211,7 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(EngineDied)
     async def engine_died(request: Request, error: EngineDied) -> Response:
-        body = error_body(str(error), kind="server_error", code="engine_died")
+        body = error_body(str(error), kind="server_error", code=error.code)
         return refuse(request, 503, body)
 
     @app.exception_handler(RequestValidationError)

@@ -23,13 +23,21 @@ from fastgpt.server.messages import (
 )
 from fastgpt.tokenizer import Tokenizer
 
-__all__ = ["EngineClient", "EngineDied", "Job"]
+__all__ = ["EngineClient", "EngineDied", "Job", "ServerEnds"]
 
 _logger = get_logger(__name__)
 
 
 class EngineDied(DeviceError):
     """The engine's process ended while requests were open."""
+
+    code = "engine_died"
+
+
+class ServerEnds(EngineDied):
+    """The server was asked to end, and the answer took longer than it waits."""
+
+    code = "server_ends"
 
 
 class Job:
@@ -130,10 +138,14 @@ class EngineClient:
         self._is_dead = True
         self.reason = f"the engine died: {failure}" if failure else "the engine died"
         _logger.error("%s; %d requests lost", self.reason, len(self._jobs))
-        jobs, self._jobs = self._jobs, {}
         self.load = (0, 0, self.load[2])
+        self.fail_jobs(EngineDied(self.reason))
+
+    def fail_jobs(self, error: EngineDied) -> None:
+        """End every open request with this error."""
+        jobs, self._jobs = self._jobs, {}
         for job in jobs.values():
-            job.put(EngineDied(self.reason))
+            job.put(error)
 
     def submit(self, request_id: str, token_ids: list[int], params: SamplingParams) -> Job:
         """Start a request.

@@ -32,7 +32,14 @@ from fastgpt.server.messages import (
     encode_frame,
 )
 
-__all__ = ["EngineLoop", "die_with_parent", "load_engine", "main", "make_ready"]
+__all__ = [
+    "EngineLoop",
+    "choose_device",
+    "die_with_parent",
+    "load_engine",
+    "main",
+    "make_ready",
+]
 
 _logger = logging.get_logger("fastgpt.engine")
 
@@ -124,6 +131,20 @@ class EngineLoop:
         )
 
 
+def choose_device(device: str, gpu_id: int) -> Any:
+    """Return the device: gpu_id says which, where a GPU is chosen without a number.
+
+    Raises:
+        ConfigError, DeviceError: if it names no device, or one that is not there.
+    """
+    from fastgpt.models.placement import resolve_device
+
+    chosen = resolve_device(device)
+    if chosen.type == "cuda" and device in ("auto", "cuda"):
+        chosen = resolve_device(f"cuda:{gpu_id}")
+    return chosen
+
+
 def load_engine(configure: Configure) -> tuple[Any, Ready]:
     """Build the engine; heavy imports happen here, after the process is safe."""
     begin_s = time.monotonic()
@@ -134,7 +155,7 @@ def load_engine(configure: Configure) -> tuple[Any, Ready]:
     torch.set_num_threads(1)  # the kernels have their own threads
     engine = Engine(
         configure.model,
-        device=configure.device,
+        device=choose_device(configure.device, configure.gpu_id),
         dtype=configure.dtype,
         memory_pool_size=configure.memory_pool_size,
         swap_to_cpu=configure.swap_to_cpu,
@@ -185,9 +206,10 @@ def main(
         load: makes the engine.
     """
     die_with_parent(parent_pid)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends us
+    # Ctrl-C and a service manager's SIGTERM reach the whole group. The parent ends us when the
+    # answers under way have ended.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(path)
     reader = FrameReader(ToEngine)

@@ -207,7 +207,7 @@ async def streamed_answer(
         if include_usage:
             yield {**head, "choices": [], "usage": generation.usage()}
     except EngineDied as error:
-        yield error_body(str(error), kind="server_error", code="engine_died")
+        yield error_body(str(error), kind="server_error", code=error.code)
     except RequestError as error:
         yield error_body(str(error))
     finally:

@@ -38,6 +38,7 @@ class Configure(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     model: str
     tokenizer: str | None
     device: str
+    gpu_id: int
     dtype: str
     memory_pool_size: str
     swap_to_cpu: bool

@@ -10,15 +10,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastgpt.errors import DeviceError
-from fastgpt.logging import get_logger
+from fastgpt.errors import ConfigError, DeviceError
 
 __all__ = ["EngineProcess"]
 
-_logger = get_logger(__name__)
-
 _CONNECT_TIMEOUT_S = 60.0
-_END_TIMEOUT_S = 3.0
+
+
+def _bind_private(listener: socket.socket, path: Path) -> None:
+    """Listen at path, for our own user alone (mode 0600); nothing is left if that fails."""
+    umask = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+    except OSError:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise
+    finally:
+        os.umask(umask)
+    listener.listen(1)
 
 
 class EngineProcess:
@@ -28,18 +37,23 @@ class EngineProcess:
 
     Args:
         module: what the process runs; it gets the socket's path and our process id.
+
+    Raises:
+        ConfigError: if the socket cannot be made.
     """
 
     def __init__(self, module: str = "fastgpt.server.engine_process") -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="fastgpt-"))  # mode 0700
-        self.socket_path = self._folder / "engine.sock"
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        umask = os.umask(0o177)
         try:
-            self._listener.bind(str(self.socket_path))  # mode 0600
-        finally:
-            os.umask(umask)
-        self._listener.listen(1)
+            self._folder = Path(tempfile.mkdtemp(prefix="fastgpt-"))  # mode 0700
+            self.socket_path = self._folder / "engine.sock"
+            _bind_private(self._listener, self.socket_path)
+        except OSError as error:
+            self._listener.close()
+            raise ConfigError(
+                f"the engine's socket cannot be made in {tempfile.gettempdir()}: {error}; set "
+                "TMPDIR to a writable directory with a short name"
+            ) from error
         self._listener.setblocking(False)
         package_root = str(Path(__file__).resolve().parents[2])
         paths = [package_root, os.environ.get("PYTHONPATH", "")]
@@ -97,12 +111,7 @@ class EngineProcess:
     def close(self) -> None:
         """End the process and remove the directory; safe to call twice."""
         if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(_END_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                _logger.warning("the engine did not end within %.0f s; killed", _END_TIMEOUT_S)
-                self._process.kill()
-                self._process.wait()
+            self._process.kill()  # it has nothing to save, and a weight may still be loading
+            self._process.wait()
         self._listener.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from fastgpt.config import ServerConfig
 from fastgpt.errors import ConfigError, FastGPTError
 from fastgpt.logging import get_logger
 from fastgpt.server.app import create_app
-from fastgpt.server.client import EngineClient
+from fastgpt.server.client import EngineClient, ServerEnds
 from fastgpt.server.messages import Configure, EngineInfo
 from fastgpt.server.metrics import Metrics
 from fastgpt.server.process import EngineProcess
@@ -21,6 +21,7 @@ __all__ = ["ServeOptions", "bind", "run_server"]
 _logger = get_logger(__name__)
 
 _GRACE_S = 2  # for answers under way when the server is asked to end
+_BACKLOG = 2048  # connections that wait to be accepted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,22 @@ class ServeOptions:
     device: str
     dtype: str
     log_level: str
+
+
+class _Server(uvicorn.Server):
+    """Ends the answers that the grace time is too short for with an error, not in mid-sentence."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient) -> None:
+        super().__init__(config)
+        self._client = client
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        error = ServerEnds("the server was asked to end; send the request again")
+        timer = asyncio.get_running_loop().call_later(_GRACE_S, self._client.fail_jobs, error)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -46,6 +63,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, port))
+            # Now: a port that is bound and not listened to can be bound again.
+            listener.listen(_BACKLOG)
         except OSError:
             listener.close()
             raise
@@ -95,7 +114,7 @@ async def _serve(
     app = create_app(
         client, metrics, model_path=options.model, num_workers=config.service.num_workers
     )
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             log_config=None,
@@ -103,8 +122,10 @@ async def _serve(
             server_header=False,
             lifespan="off",
             ws="none",
-            timeout_graceful_shutdown=_GRACE_S,
-        )
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=_GRACE_S + 1,  # the answers have ended by then
+        ),
+        client,
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     engine = asyncio.create_task(_run_engine(config, options, client, metrics, process, listener))
@@ -129,13 +150,11 @@ async def _run_engine(
     listener: socket.socket,
 ) -> None:
     """Start the engine, then hand out what it sends until it ends."""
-    device = options.device
-    if device in ("cuda", "auto") and config.hardware.gpu_id:
-        device = f"cuda:{config.hardware.gpu_id}"
     configure = Configure(
         model=options.model,
         tokenizer=options.tokenizer,
-        device=device,
+        device=options.device,
+        gpu_id=config.hardware.gpu_id,
         dtype=options.dtype,
         memory_pool_size=config.hardware.memory_pool_size,
         swap_to_cpu=config.hardware.swap_to_cpu,

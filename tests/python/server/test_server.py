@@ -431,6 +431,27 @@ def test_engine_death_ends_streams_with_an_error_and_health(tmp_path):
         assert server.post("v1/completions", json={"prompt": "x"}).status_code == 503
 
 
+def test_sigterm_ends_an_answer_that_takes_too_long_with_an_error(tmp_path):
+    """It was cut off in the middle of a chunk."""
+    with gated_server(tmp_path) as (server, gate), half_done_stream(server, gate) as lines:
+        server.process.terminate()
+        *_, error, done = [line for line in lines if line]
+        assert json.loads(error[6:])["error"]["code"] == "server_ends"
+        assert done == "data: [DONE]"
+
+
+def test_sigterm_to_the_whole_group_lets_answers_end(tmp_path):
+    """A service manager sends it to every process; the engine died of it at once."""
+    with gated_server(tmp_path) as (server, gate):
+        with half_done_stream(server, gate) as lines:
+            os.kill(server.engine_pid(), signal.SIGTERM)
+            gate.grant(400)
+            *_, last, done = [line for line in lines if line]
+        assert json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
+        assert done == "data: [DONE]"
+        assert server.get("health").status_code == 200
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_is_left(tmp_path, how):
     with gated_server(tmp_path) as (server, gate):
