@@ -212,3 +212,4 @@ async def streamed_answer(
         yield error_body(str(error))
     finally:
         await stream.aclose()
+        generation.job.abort()  # stream's own cleanup runs only if it has begun
