@@ -307,7 +307,7 @@ class Engine:
             RequestError: if it is none of these, if it is text and there is no tokenizer, or if the
                 chat template refuses it.
         """
-        return encode(prompt, self.tokenizer)
+        return encode(prompt, self.tokenizer, self.limits.max_length - 1)
 
     def find_request(self, request_id: str) -> Request | None:
         """Return an unfinished request the scheduler has seen."""

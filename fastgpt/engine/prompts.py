@@ -28,12 +28,17 @@ def as_prompts(prompts: Any) -> list[Prompt]:
     return [several] if several and isinstance(several[0], int | Mapping) else several
 
 
-def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+def encode(prompt: Prompt, tokenizer: Tokenizer | None, max_tokens: int | None = None) -> list[int]:
     """Return the token ids of a prompt, with exactly one BOS where the model uses one.
 
+    Args:
+        prompt: a text, token ids, or chat messages.
+        tokenizer: None takes token ids alone.
+        max_tokens: a text that surely has more is refused without the time to encode it.
+
     Raises:
-        RequestError: if it is no prompt, if it is text and there is no tokenizer, or if the chat
-            template refuses it.
+        RequestError: if it is no prompt, if it is text and there is no tokenizer, if the chat
+            template refuses it, or if it is too long.
     """
     if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence):
         raise RequestError(
@@ -51,6 +56,6 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
         )
     if tokenizer is None:
         raise RequestError("the model file has no tokenizer; send token ids")
-    return (
-        tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(items)
-    )
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt, max_tokens=max_tokens)
+    return tokenizer.encode_chat(items, max_tokens=max_tokens)

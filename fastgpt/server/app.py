@@ -2,8 +2,9 @@
 
 import asyncio
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -113,9 +114,11 @@ class _Service:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         return JsonResponse(result)
 
-    async def in_thread(self, function: Any, *args: Any) -> Any:
-        """Run text work in a thread, so that a long prompt does not hold up the others."""
-        return await asyncio.get_running_loop().run_in_executor(self.text_threads, function, *args)
+    async def encode(self, function: Callable[..., list[int]], text: Any) -> list[int]:
+        """Encode a prompt in a thread, so that a long one does not hold up the others."""
+        assert self.client.limits is not None
+        encode = partial(function, text, max_tokens=self.client.limits.max_length - 1)
+        return await asyncio.get_running_loop().run_in_executor(self.text_threads, encode)
 
 
 def create_app(
@@ -144,7 +147,7 @@ def create_app(
         if tokenizer is None:
             raise ApiError(400, "the model has no tokenizer; send token ids to /v1/completions")
         messages = [message.for_template() for message in body.messages]
-        token_ids = await service.in_thread(tokenizer.encode_chat, messages)
+        token_ids = await service.encode(tokenizer.encode_chat, messages)
         in_reasoning = starts_in_reasoning(token_ids, tokenizer)
         return await service.respond(request, body, ChatForm(), token_ids, in_reasoning)
 
@@ -158,7 +161,7 @@ def create_app(
                 raise ApiError(
                     400, "the model has no tokenizer; send the prompt as token ids", param="prompt"
                 )
-            token_ids = await service.in_thread(tokenizer.encode_prompt, token_ids)
+            token_ids = await service.encode(tokenizer.encode_prompt, token_ids)
         form = CompletionForm(with_token_ids=client.tokenizer is None)
         return await service.respond(request, body, form, token_ids, None)
 

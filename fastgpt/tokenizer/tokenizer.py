@@ -152,6 +152,7 @@ class Tokenizer:
         decoder = self._spec.get("decoder") or {}
         self._is_byte_level = decoder.get("type") == "ByteLevel"
         self._token_bytes: dict[int, bytes] = {}
+        self._most_bytes = _most_bytes_of_a_token(self._spec) if self._is_byte_level else None
 
         names = {
             name: text
@@ -204,15 +205,23 @@ class Tokenizer:
         ids = _encode(tokenizer, text)
         return self._with_one_bos(ids) if add_special else ids
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """Return the ids of a whole prompt: special tokens are parsed, exactly one BOS.
 
+        Args:
+            text: the prompt.
+            max_tokens: a text that surely has more is refused without the time to encode it; one
+                that is encoded may have more.
+
         Raises:
-            RequestError: if the text is not valid Unicode.
+            RequestError: if the text is not valid Unicode, or too long for max_tokens.
         """
+        self._refuse_long(text, max_tokens)
         return self.encode(text, add_special=True, allow_special=True)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], *, max_tokens: int | None = None
+    ) -> list[int]:
         """Render the messages and return the prompt's ids, with exactly one BOS.
 
         The text of special tokens inside a message stays plain text; only the template writes
@@ -220,14 +229,17 @@ class Tokenizer:
 
         Args:
             messages: role and content (text) of each message.
+            max_tokens: see encode_prompt.
 
         Raises:
-            RequestError: if there is no chat template or it refuses the messages.
+            RequestError: if there is no chat template, it refuses the messages, or the prompt is
+                too long for max_tokens.
         """
         if self.chat_template is None:
             raise RequestError("this model has no chat template; use /v1/completions")
         mark, marked = self._mark_control_texts(messages)
         text = self.chat_template.render(marked)
+        self._refuse_long(text if mark is None else text.replace(mark, ""), max_tokens)
         if mark is None or mark not in text:
             ids = _encode(self._tokenizer, text)
         else:
@@ -260,6 +272,20 @@ class Tokenizer:
             result = token.encode("utf-8")
         self._token_bytes[token_id] = result
         return result
+
+    def _refuse_long(self, text: str, max_tokens: int | None) -> None:
+        """Raise RequestError if the text has more tokens however it is encoded."""
+        if max_tokens is None or self._most_bytes is None:
+            return
+        # Of four bytes a character at most: a look at its bytes is for long texts.
+        if len(text) * 4 <= max_tokens * self._most_bytes:
+            return
+        least = len(text.encode("utf-8", "replace")) // self._most_bytes
+        if least > max_tokens:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, at least {least} tokens; at most "
+                f"{max_tokens} tokens fit; shorten it"
+            )
 
     def _plain_tokenizer(self) -> tokenizers.Tokenizer:
         """Return a twin that never sees control tokens in a text."""
@@ -350,6 +376,23 @@ class Tokenizer:
             return bos_id
         source = "" if self.chat_template is None else self.chat_template.source
         return bos_id if "bos_token" in source or bos_token in source else None
+
+
+def _most_bytes_of_a_token(spec: dict[str, Any]) -> int | None:
+    """Return how many bytes of a text one token of a byte-level vocabulary can stand for.
+
+    None: no limit is known: a token takes the white space around it with it, or a byte has none.
+    """
+    added = spec.get("added_tokens") or []
+    if any(token.get("lstrip") or token.get("rstrip") for token in added):
+        return None
+    vocabulary = (spec.get("model") or {}).get("vocab")
+    if not isinstance(vocabulary, dict) or not byte_level_alphabet().keys() <= vocabulary.keys():
+        return None
+    lengths = [len(token) for token in vocabulary]  # one character a byte
+    lengths += [len(token["content"].encode("utf-8")) for token in added]
+    # Composing characters (NFC) shortens a text to a third at most.
+    return max(lengths) * (4 if spec.get("normalizer") else 1)
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:

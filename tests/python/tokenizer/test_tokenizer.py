@@ -1,5 +1,8 @@
 """Text and ids: exact detokenizing, one BOS, special tokens that stay plain text."""
 
+import json
+from dataclasses import replace
+
 import pytest
 from engine.fake_tokenizer import byte_ids, make_files
 from hypothesis import given
@@ -113,6 +116,38 @@ def test_template_still_sees_think_in_earlier_answers():
 def test_lone_surrogate_is_a_request_error():
     with pytest.raises(RequestError, match="lone surrogate"):
         TOKENIZER.encode("\ud800")
+
+
+@given(st.text(min_size=1), st.integers(1, 60))
+def test_a_prompt_is_refused_unencoded_only_if_it_is_too_long(text: str, max_tokens: int):
+    if any(0xD800 <= ord(c) < 0xE000 for c in text):
+        return
+    text *= 30
+    num_tokens = len(TOKENIZER.encode(text))
+    try:
+        TOKENIZER.encode_prompt(text, max_tokens=max_tokens)
+    except RequestError:
+        assert num_tokens > max_tokens
+
+
+def test_a_prompt_far_too_long_is_refused_before_it_is_encoded(monkeypatch: pytest.MonkeyPatch):
+    """Eight million characters took a text thread minutes, to be refused for their tokens."""
+    tokenizer = Tokenizer(make_files())
+    monkeypatch.setattr(tokenizer, "_tokenizer", None)  # encoding would fail
+    text = "x" * 1_000_000
+    with pytest.raises(RequestError, match=r"1000000 characters, at least .* at most 511 tokens"):
+        tokenizer.encode_prompt(text, max_tokens=511)
+    with pytest.raises(RequestError, match="at most 511 tokens fit"):
+        tokenizer.encode_chat([{"role": "user", "content": text}], max_tokens=511)
+
+
+def test_no_prompt_is_refused_unencoded_where_a_token_takes_white_space_along():
+    files = make_files()
+    spec = json.loads(files.tokenizer_json)
+    spec["added_tokens"][0]["rstrip"] = True
+    tokenizer = Tokenizer(replace(files, tokenizer_json=json.dumps(spec)))
+    begin = spec["added_tokens"][0]["content"]
+    assert len(tokenizer.encode_prompt(begin + " " * 10_000, max_tokens=8)) < 8
 
 
 @pytest.mark.parametrize(
