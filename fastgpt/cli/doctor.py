@@ -6,13 +6,14 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import typer
 
 from fastgpt import _C
-from fastgpt.errors import DeviceError
+from fastgpt.errors import DeviceError, FastGPTError
 from fastgpt.units import format_bytes
 
 __all__ = ["Finding", "doctor", "examine", "main"]
@@ -55,7 +56,12 @@ def _cpu() -> Iterator[Finding]:
     free, total = _C.device_memory(-1)
     yield Finding("cpu", f"{model}, {cores} cores usable")
     yield Finding("memory", f"{format_bytes(free)} free of {format_bytes(total)}")
-    yield Finding("cpu kernels", f"{_C.cpu_isa()}, {_C.num_threads()} threads")
+    problem = ""
+    try:
+        import_module("fastgpt.ops")  # applies FASTGPT_NUM_THREADS and FASTGPT_CPU_ISA
+    except (FastGPTError, ImportError, OSError) as error:
+        problem = str(error)
+    yield Finding("cpu kernels", f"{_C.cpu_isa()}, {_C.num_threads()} threads", problem)
 
 
 def _kernels_for(capability: tuple[int, int]) -> tuple[str, str]:

@@ -40,9 +40,13 @@ class _LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except FastGPTError as error:
-            typer.echo(f"fastgpt: {error}", err=True)
-            raise typer.Exit(1) from None
+        except (FastGPTError, ImportError) as error:
+            message = str(error)
+        except OSError as error:
+            what = error.strerror or str(error)
+            message = what if error.filename is None else f"{error.filename}: {what}"
+        typer.echo(f"fastgpt: {message}", err=True)
+        raise typer.Exit(1)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         rows = [(name, _COMMANDS[name][1]) for name in self.list_commands(ctx)]

@@ -63,6 +63,7 @@ def quantize(
     from fastgpt import env
     from fastgpt.checkpoint.export import check_expressible
     from fastgpt.logging import setup
+    from fastgpt.models.placement import resolve_device
     from fastgpt.quant import Calibration, Quantizer
 
     setup(env.log_level())
@@ -76,7 +77,7 @@ def quantize(
         sensitive="auto" if sensitive == ["auto"] else sensitive or (),
         budget=_budget(budget, max_kl, min_top1),
         calibration=replace(Calibration.parse(calibration), seed=seed),
-        device=device,
+        device=None if device is None else resolve_device(device),
         model_config=model_config,
     )
     if dry_run:
@@ -109,7 +110,7 @@ def _file_to_write(output: Path | None, format: str, *, resume: bool, overwrite:
     from fastgpt.checkpoint.export import check_output
     from fastgpt.quant.journal import Journal
 
-    if output is None:
+    if output is None or not output.name:
         raise ConfigError("--output is missing; name the file to write, or ask for --dry-run")
     check_output(output, format)
     if resume and overwrite:

@@ -16,9 +16,8 @@ def verify(
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda:0.")] = None,
 ) -> None:
     """Check every hash a model file states, and measure its figures again."""
-    import torch
-
+    from fastgpt.models.placement import resolve_device
     from fastgpt.quant.verify import verify as check
 
-    for line in check(path, source, None if device is None else torch.device(device)):
+    for line in check(path, source, None if device is None else resolve_device(device)):
         typer.echo(line)
