@@ -28,7 +28,7 @@ def resolve_bytes(size: int | float | str, available: int) -> int:
     >>> resolve_bytes("24GB", 0), resolve_bytes("0.5", 1000), resolve_bytes("-1KB", 1500)
     (24000000000, 500, 500)
     """
-    match = re.fullmatch(r"\s*(-?)(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(size))
+    match = re.fullmatch(r"\s*(-?)(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(size), re.ASCII)
     if match is None or match[3].upper() not in _BYTES:
         raise ConfigError(
             f"size is {size!r}; expected bytes, '24GB', '24GiB', a share such as '0.9', or '-2GiB'"
@@ -36,6 +36,8 @@ def resolve_bytes(size: int | float | str, available: int) -> int:
     value = float(match[2]) * _BYTES[match[3].upper()]
     if not match[3] and not match[1] and 0 < value <= 1 and str(size).strip() != "1":
         value *= available
+    elif not match[3] and not value.is_integer():
+        raise ConfigError(f"size is {size!r}, no whole number of bytes; did you mean {size}GB?")
     result = available - int(value) if match[1] else int(value)
     if result <= 0:
         raise ConfigError(f"size {size!r} is {result} bytes with {available} available; raise it")
@@ -51,7 +53,7 @@ def parse_duration_ms(duration: int | float | str) -> float:
     >>> parse_duration_ms("100ms"), parse_duration_ms("2s"), parse_duration_ms(5)
     (100.0, 2000.0, 5.0)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(us|ms|s|min|)\s*", str(duration))
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(us|ms|s|min|)\s*", str(duration), re.ASCII)
     if match is None:
         raise ConfigError(f"duration is {duration!r}; expected '100ms', '2s' or milliseconds")
     return float(match[1]) * _MILLISECONDS[match[2]]
