@@ -181,10 +181,18 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _run(name: str, x: Tensor, weight: Tensor | ArrangedWeight, *rest: Any) -> None:
-    """Call fastgpt::<name> or <name>_<format> by the weight's format."""
+    """Call fastgpt::<name> or <name>_<format> by the weight's format; rest ends with out."""
     if isinstance(weight, Tensor):
         call(getattr(_ops, name).default, x, weight, *rest)
-    elif weight.format in _DENSE:
+        return
+    # The layout is padded: the kernel could not tell 199 columns from 200.
+    features, out = (weight.in_features, weight.out_features), rest[-1]
+    if features != (x.shape[-1], out.shape[-1]):
+        raise InvalidArgument(
+            f"x has {x.shape[-1]} columns and out {out.shape[-1]}; the weight takes {features[0]} "
+            f"and gives {features[1]}"
+        )
+    if weight.format in _DENSE:
         call(getattr(_ops, name).default, x, weight.packed, *rest)
     elif weight.format in ("fp8", "int8"):
         function = getattr(_ops, f"{name}_{weight.format}").default

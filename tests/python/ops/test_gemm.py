@@ -301,6 +301,23 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         ops.arrange(torch.zeros(4, 16, dtype=torch.uint8, device=device), format="int4")
 
 
+def test_arranged_weight_refuses_a_width_that_is_not_its_own() -> None:
+    """Its layout is padded: 199 columns were multiplied with a weight of 200, and 92 rows written
+    where it has 93."""
+    weight = ops.arrange(torch.zeros(93, 200), format="fp32")
+    stack = ops.arrange(torch.zeros(2, 93, 200), format="fp32")
+    rows, offsets = torch.arange(4, dtype=torch.int32), torch.tensor([0, 2, 4], dtype=torch.int32)
+    message = "x has 199 columns and out 93; the weight takes 200 and gives 93"
+    with pytest.raises(InvalidArgument, match=message):
+        ops.linear(torch.zeros(4, 199), weight)
+    with pytest.raises(InvalidArgument, match=message):
+        ops.grouped_linear(torch.zeros(4, 199), stack, rows, offsets, 1)
+    with pytest.raises(InvalidArgument, match=message):
+        ops.batched_linear(torch.zeros(4, 2, 199), stack)
+    with pytest.raises(InvalidArgument, match="out 92; the weight takes 200 and gives 93"):
+        ops.linear(torch.zeros(4, 200), weight, out=torch.zeros(4, 92))
+
+
 def test_arrange_refuses_nan_codes() -> None:
     codes = torch.zeros(4, 8, dtype=torch.uint8)
     codes[3, 5] = 0x7F
