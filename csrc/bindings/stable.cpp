@@ -4,6 +4,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <string>
+
 #include "fastgpt/check.h"
 
 namespace fastgpt::bindings {
@@ -29,9 +31,9 @@ DType dtype_of(const Tensor& tensor) {
     case ScalarType::Bool:
       return DType::kBool;
     default:
-      FASTGPT_CHECK(false,
-                    "a tensor has an unsupported dtype; expected float32, float16, bfloat16, "
-                    "uint8, int8, int32, int64 or bool");
+      FASTGPT_CHECK(false, "a tensor is of type ",
+                    torch::headeronly::toString(tensor.scalar_type()),
+                    "; expected float32, float16, bfloat16, uint8, int8, int32, int64 or bool");
   }
   return DType::kF32;
 }
@@ -46,6 +48,10 @@ CurrentStream current_cuda_stream() {
     return reinterpret_cast<CurrentStream>(symbol);
   }();
   return function;
+}
+
+std::string device_name(const Tensor& tensor) {
+  return tensor.is_cuda() ? "cuda:" + std::to_string(tensor.get_device_index()) : "cpu";
 }
 
 }  // namespace
@@ -88,9 +94,8 @@ void check_same_device(const Tensor& first, std::initializer_list<const Tensor*>
     if (other == nullptr) continue;
     FASTGPT_CHECK(other->is_cuda() == first.is_cuda() &&
                       other->get_device_index() == first.get_device_index(),
-                  "tensors are on different devices (cuda:", first.is_cuda() ? "" : "no, ",
-                  int(first.get_device_index()), " and ", int(other->get_device_index()),
-                  "); move them to one device");
+                  "tensors are on ", device_name(first), " and ", device_name(*other),
+                  "; move them to one device");
   }
 }
 
