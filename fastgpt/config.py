@@ -56,6 +56,8 @@ class ServiceConfig:
     num_workers: int = 4
 
     def __post_init__(self) -> None:
+        if not self.host:
+            raise ConfigError("service.host is empty; use 127.0.0.1, or 0.0.0.0 for every address")
         check_int("service.port", self.port, 0, 65535)
         check_int("service.batch_size", self.batch_size, 1, 1024)
         check_int("service.max_length", self.max_length, 2, 2**20)
@@ -195,9 +197,7 @@ def _build_section(section: str, content: Mapping[str, Any]) -> Any:
         elif isinstance(spec.default, bool):
             values[spec.name] = _typed(name, value, bool, "true or false")
         elif isinstance(spec.default, int):
-            if isinstance(value, bool):
-                value = str(value)
-            values[spec.name] = _typed(name, value, int, "an integer")
+            values[spec.name] = value  # checked with its bounds
         else:
             values[spec.name] = _typed(name, value, str, "a text")
     return _SECTIONS[section](**values)
@@ -206,7 +206,7 @@ def _build_section(section: str, content: Mapping[str, Any]) -> Any:
 def _parsed_size(name: str, value: Any) -> str:
     """Return the size's text after checking that it can be read."""
     try:
-        if isinstance(value, bool) or resolve_bytes(value, 1 << 50) < 1 << 20:
+        if resolve_bytes(value, 1 << 50) < 1 << 20:
             raise ConfigError(f"size is {value!r}, less than 1MiB; did you mean {value}GB?")
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
