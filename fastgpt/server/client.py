@@ -157,9 +157,9 @@ class EngineClient:
         if not self.is_ready or self.limits is None:
             raise EngineDied(self.reason)
         check_request(token_ids, params, self.limits)
+        self._send(Submit(request_id, token_ids, params))
         job = Job(self, request_id, token_ids)
         self._jobs[request_id] = job
-        self._send(Submit(request_id, token_ids, params))
         return job
 
     def abort(self, request_id: str) -> None:
