@@ -75,6 +75,7 @@ class ContainerWriter:
         blocks: what a run that ended early has committed to `body`: kept; else it starts empty.
 
     Raises:
+        CheckpointError: `path` is a directory.
         OSError: the file system refused.
     """
 
@@ -87,6 +88,8 @@ class ContainerWriter:
         blocks: Sequence[WrittenBlock] = (),
     ) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            raise CheckpointError(f"{path} is a directory; name a file in it, such as m.pt")
         self.body = body or self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._reserved = _align(header_bytes)
         self._entries: dict[str, dict[str, Any]] = {}
@@ -267,7 +270,7 @@ def write_container(
         header_bytes: room to reserve for the header; see `ContainerWriter`.
 
     Raises:
-        CheckpointError: a name occurs twice or is reserved.
+        CheckpointError: a name occurs twice or is reserved, or `path` is a directory.
         OSError: the file system refused; no partial file stays behind.
     """
     writer = ContainerWriter(path, header_bytes=header_bytes)

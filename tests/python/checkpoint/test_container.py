@@ -154,6 +154,14 @@ def test_write_container_refuses_taken_names(tmp_path: Path, name: str):
         write_container(tmp_path / "m.pt", tensors, metadata())
 
 
+def test_write_container_refuses_a_directory_and_leaves_nothing_beside_it(tmp_path: Path):
+    """The whole file stayed behind under a hidden name: renaming it failed last of all."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CheckpointError, match="folder is a directory; name a file in it"):
+        write_container(tmp_path / "folder", make_tensors().items(), Metadata())
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_write_container_metadata_may_be_completed_by_the_generator(tmp_path: Path):
     meta = metadata()
 
