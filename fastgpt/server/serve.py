@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import signal
 import socket
 from dataclasses import dataclass
 
@@ -92,15 +93,19 @@ def run_server(
         ConfigError: if the address cannot be bound.
         FastGPTError: if the engine cannot start.
     """
-    listener = bind(config.service.host, config.service.port)
-    process = EngineProcess(engine_module)
-    try:
-        # uvicorn raises the signal again when it has ended in order.
+    ended_by: list[int] = []
+    with contextlib.ExitStack() as cleanup:
+        listener = cleanup.enter_context(bind(config.service.host, config.service.port))
+        # uvicorn raises the signal again when it has ended in order: it must not end us there.
+        before = signal.signal(signal.SIGTERM, lambda number, frame: ended_by.append(number))
+        cleanup.callback(signal.signal, signal.SIGTERM, before)
+        process = EngineProcess(engine_module)
+        cleanup.callback(process.close)
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve(config, options, listener, process))
-    finally:
-        process.close()
-        listener.close()
+            if not ended_by:
+                asyncio.run(_serve(config, options, listener, process))
+    for number in ended_by:
+        signal.raise_signal(number)  # now that nothing is left, whoever started us sees it
 
 
 async def _serve(

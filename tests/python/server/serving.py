@@ -81,6 +81,11 @@ class Served:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return int(children.read_text().split()[0])
 
+    def engine_socket(self) -> Path:
+        """Return the path of the socket between the server and the engine."""
+        command = Path(f"/proc/{self.engine_pid()}/cmdline").read_bytes().decode().split("\0")
+        return next(Path(part) for part in command if part.endswith(".sock"))
+
 
 class Gate:
     """Lets the fake engine compute: one forward pass for each grant.

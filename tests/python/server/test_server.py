@@ -390,8 +390,7 @@ def test_start_log_has_a_line_for_each_fact_and_the_socket_is_private(served):
     log = served.log.read_text()
     for fact in ("model: ", "dtype: ", "kernels: ", "KV cache: ", "threads: ", "address: http://"):
         assert fact in log
-    command = Path(f"/proc/{served.engine_pid()}/cmdline").read_bytes().decode().split("\0")
-    socket_path = next(Path(part) for part in command if part.endswith(".sock"))
+    socket_path = served.engine_socket()
     assert stat.S_IMODE(socket_path.stat().st_mode) == 0o600
     assert stat.S_IMODE(socket_path.parent.stat().st_mode) == 0o700
 
@@ -455,13 +454,14 @@ def test_sigterm_to_the_whole_group_lets_answers_end(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_process_is_left(tmp_path, how):
     with gated_server(tmp_path) as (server, gate):
-        engine_pid = server.engine_pid()
+        engine_pid, socket_path = server.engine_pid(), server.engine_socket()
         with half_done_stream(server, gate):
             server.process.send_signal(how)
         server.process.wait(PATIENCE_S)
         wait_until(lambda: not is_alive(engine_pid))
         if how is not signal.SIGKILL:
             assert "Traceback" not in server.log.read_text()
+            assert not socket_path.parent.exists()  # SIGTERM left one in /tmp each time
 
 
 def test_port_in_use_is_one_clear_line(served, tmp_path):
