@@ -42,6 +42,8 @@ class _LazyGroup(TyperGroup):
             return super().invoke(ctx)
         except (FastGPTError, ImportError) as error:
             message = str(error)
+        except BrokenPipeError:
+            raise  # `fastgpt inspect m.pt | head`: the framework ends quietly
         except OSError as error:
             what = error.strerror or str(error)
             message = what if error.filename is None else f"{error.filename}: {what}"

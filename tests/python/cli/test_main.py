@@ -1,5 +1,6 @@
 """The `fastgpt` command as a user calls it: what is wrong is one line, and status 1."""
 
+import errno
 import os
 import re
 import subprocess
@@ -55,6 +56,14 @@ def test_failures_of_the_system_are_one_line(monkeypatch, error: Exception, word
 
     monkeypatch.setattr(main, "import_module", fail)
     assert run("verify", "m.pt") == f"1: fastgpt: {words}\n"
+
+
+def test_a_closed_pipe_ends_quietly(monkeypatch):
+    def fail(name: str) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(main, "import_module", fail)
+    assert run("verify", "m.pt") == "1: "
 
 
 def test_inspect_verify_claims_no_checksums_of_a_form_without():
