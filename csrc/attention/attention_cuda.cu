@@ -2,6 +2,7 @@
 
 #include "attention/cuda_kernels.h"
 #include "attention/kernels.h"
+#include "device/arch.cuh"
 #include "device/launch.cuh"
 #include "device/pack.cuh"
 #include "fastgpt/check.h"
@@ -9,23 +10,39 @@
 namespace fastgpt::attention {
 namespace {
 
-constexpr int kGqaCtas = 3;               // CTAs that share a multiprocessor: 64 KiB each
-constexpr int kMlaCtas = 2;               // 82 KiB each
-constexpr int kMlaWgmmaRows = 64;         // of a CTA that has a multiprocessor to itself
-constexpr std::int64_t kMaxWaves = 4;     // more splits than this only feed combine_splits
-constexpr std::int64_t kMinKeys = 128;    // per split of the longest sequence
-constexpr std::int64_t kSetupKeys = 128;  // what starting and ending a CTA costs, in keys
+constexpr int kGqaCtas = 2;            // CTAs of a multiprocessor that a plan counts on
+constexpr int kMlaCtas = 2;            // 82 KiB each
+constexpr int kMlaWgmmaRows = 64;      // of a CTA that has a multiprocessor to itself
+constexpr std::int64_t kMaxWaves = 4;  // more splits than this only feed combine_splits
+constexpr std::int64_t kMinKeys = 64;  // per split of the longest sequence
 constexpr int kRowsPerCta = 16;
+static_assert(kMinKeys % kSplitKeys == 0);
 
-// Splits that minimize waves * (keys of a split + set-up) for `ctas` CTAs per split.
-std::int64_t choose_num_splits(std::int64_t ctas, std::int64_t slots, std::int64_t max_seq_len) {
+// Costs in the time of a key, which fit an H100's times.
+constexpr std::int64_t kSetupKeys = 128;       // of starting and ending a CTA
+constexpr std::int64_t kClusterKeys = 30;      // of meeting in a cluster
+constexpr std::int64_t kCombineKeys = 85;      // of a second kernel
+constexpr std::int64_t kCombineSplitKeys = 2;  // of one more split in it
+
+// Splits that take the least time for `ctas` CTAs per split, of which `slots` run at once. Where
+// they are more than the multiprocessors, memory is what they share.
+std::int64_t choose_num_splits(std::int64_t ctas, std::int64_t slots, std::int64_t num_sms,
+                               bool has_clusters, std::int64_t max_seq_len) {
   const std::int64_t limit = std::min((max_seq_len + kMinKeys - 1) / kMinKeys,
                                       kMaxWaves * slots / std::max<std::int64_t>(ctas, 1));
   std::int64_t best = 1;
   std::int64_t best_cost = 0;
   for (std::int64_t s = 1; s <= std::max<std::int64_t>(limit, 1); ++s) {
     const std::int64_t waves = (ctas * s + slots - 1) / slots;
-    const std::int64_t cost = waves * ((max_seq_len + s - 1) / s + kSetupKeys);
+    const std::int64_t active = std::min(ctas * s, slots);
+    std::int64_t keys = (max_seq_len + s * kSplitKeys - 1) / (s * kSplitKeys) * kSplitKeys;
+    if (active > num_sms) keys = keys * active * 10 / (num_sms * 9);
+    std::int64_t cost = waves * (keys + kSetupKeys);
+    if (has_clusters && s > 1 && s <= kMaxClusterSplits) {
+      cost += kClusterKeys;
+    } else if (s > 1) {
+      cost += kCombineKeys + kCombineSplitKeys * s;
+    }
     if (s == 1 || cost < best_cost) {
       best = s;
       best_cost = cost;
@@ -36,8 +53,9 @@ std::int64_t choose_num_splits(std::int64_t ctas, std::int64_t slots, std::int64
 
 // Split the keys of decoded requests as far as the workspace reaches.
 void plan_splits(PagedArgs& args, const TensorView& workspace, std::int64_t ctas, int ctas_per_sm,
-                 std::int64_t max_seq_len, const Stream& stream) {
+                 bool has_clusters, std::int64_t max_seq_len, const Stream& stream) {
   args.num_splits = 1;
+  args.is_cluster = false;
   args.tokens_per_req = std::min(args.max_seqlen_q, kMaxDecodeTokens);
   if (!workspace) return;
   FASTGPT_CHECK(reinterpret_cast<std::uintptr_t>(workspace.data) % 16 == 0,
@@ -45,11 +63,13 @@ void plan_splits(PagedArgs& args, const TensorView& workspace, std::int64_t ctas
   const std::int64_t rows =
       std::int64_t(args.num_reqs) * args.tokens_per_req * std::int64_t(args.num_heads);
   const std::int64_t row_bytes = (std::int64_t(args.head_dim_v) + 1) * 4;
-  const std::int64_t slots = std::int64_t(device::num_multiprocessors(stream.device)) * ctas_per_sm;
+  const std::int64_t num_sms = device::num_multiprocessors(stream.device);
   const std::int64_t splits =
-      std::min(choose_num_splits(ctas, slots, max_seq_len), workspace.size(0) / (rows * row_bytes));
+      std::min(choose_num_splits(ctas, num_sms * ctas_per_sm, num_sms, has_clusters, max_seq_len),
+               workspace.size(0) / (rows * row_bytes));
   if (splits < 2) return;
   args.num_splits = int(splits);
+  args.is_cluster = has_clusters && splits <= kMaxClusterSplits;
   args.partial = workspace.as<float>();
   args.partial_lse = args.partial + splits * rows * args.head_dim_v;
 }
@@ -123,9 +143,9 @@ void attention_cuda(const AttentionParams& p, const Stream& stream) {
   const std::int64_t tokens = std::min(args.max_seqlen_q, kMaxDecodeTokens);
   const std::int64_t row_tiles = (tokens * args.group + kRowsPerCta - 1) / kRowsPerCta;
   plan_splits(args, p.workspace, row_tiles * args.num_kv_heads * args.num_reqs, kGqaCtas,
-              p.max_seq_len, stream);
+              device::current_traits().arch >= 90, p.max_seq_len, stream);
   launch_decode(args, p.q.dtype, stream);
-  if (args.num_splits > 1) launch_combine(args, p.q.dtype, stream);
+  if (args.num_splits > 1 && !args.is_cluster) launch_combine(args, p.q.dtype, stream);
 }
 
 void mla_attention_cuda(const MlaAttentionParams& p, const Stream& stream) {
@@ -144,8 +164,8 @@ void mla_attention_cuda(const MlaAttentionParams& p, const Stream& stream) {
       args.max_seqlen_q * args.num_heads >= kMlaWgmmaRows / 4 && has_wgmma_mla(args);
   const std::int64_t cta_rows = by_wgmma ? kMlaWgmmaRows : kRowsPerCta;
   const std::int64_t row_tiles = (tokens * args.num_heads + cta_rows - 1) / cta_rows;
-  plan_splits(args, p.workspace, row_tiles * args.num_reqs, by_wgmma ? 1 : kMlaCtas, p.max_seq_len,
-              stream);
+  plan_splits(args, p.workspace, row_tiles * args.num_reqs, by_wgmma ? 1 : kMlaCtas, false,
+              p.max_seq_len, stream);
   if (by_wgmma) {
     launch_mla_wgmma(args, p.q.dtype, stream);
   } else {

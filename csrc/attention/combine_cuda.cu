@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention/paged.cuh"
 #include "device/dependent.cuh"
 #include "device/pack.cuh"
@@ -7,22 +9,23 @@
 namespace fastgpt::attention {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kMaxThreads = 512;
+constexpr int kGroups = 8;  // of threads that take the splits of a row in turn, at most
 
 // One CTA merges the splits of one query row:
 //
 //   out = sum_s exp(lse_s - lse) * partial_s,   lse = log(sum_s exp(lse_s))
 //
-// A thread owns four columns; with fewer than 4 * kThreads columns several groups of threads take
-// the splits in turn, so that many splits of a narrow head are not one long chain of loads.
+// A thread owns four columns, and several groups of threads take the splits in turn, so that many
+// splits are not one long chain of loads.
 // Rows that were not split (their kernel wrote them) leave at once. Grid: (rows of a request,
 // num_reqs). Source: FlashDecoding; FlashAttention-2, arXiv:2307.08691, section 3.1.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     combine_splits_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
   const PagedArgs& args = dependent.wait();
-  __shared__ float4 gathered[kThreads];
-  __shared__ float gathered_weight[kThreads];
+  __shared__ float4 gathered[kMaxThreads];
+  __shared__ float gathered_weight[kMaxThreads];
   const int req = int(blockIdx.y);
   const int token = int(blockIdx.x) / args.num_heads;
   const int head = int(blockIdx.x) % args.num_heads;
@@ -32,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
   if (num_active == 1) return;
 
   const int quads = args.head_dim_v / 4;
-  const int num_groups = max(kThreads / quads, 1);
+  const int num_groups = int(blockDim.x) / quads;
   const int group = int(threadIdx.x) / quads;
   const std::int64_t split_stride =
       std::int64_t(args.num_reqs) * args.tokens_per_req * args.num_heads;
@@ -89,15 +92,32 @@ __global__ void __launch_bounds__(kThreads)
                      pack);
 }
 
+// What is in front of this kernel is the same operation's, and it touches nothing before its wait:
+// the two overlap whatever the caller's scope says.
+class OverlapAnyway {
+ public:
+  OverlapAnyway() { set_overlap_launches(true); }
+  ~OverlapAnyway() { set_overlap_launches(before_); }
+  OverlapAnyway(const OverlapAnyway&) = delete;
+  OverlapAnyway& operator=(const OverlapAnyway&) = delete;
+
+ private:
+  bool before_ = overlap_launches();
+};
+
 }  // namespace
 
 void launch_combine(const PagedArgs& args, DType dtype, const Stream& stream) {
-  FASTGPT_CHECK(args.head_dim_v <= 4 * kThreads, "head_dim_v is ", args.head_dim_v,
-                "; expected at most ", 4 * kThreads);
+  FASTGPT_CHECK(args.head_dim_v <= 4 * kMaxThreads, "head_dim_v is ", args.head_dim_v,
+                "; expected at most ", 4 * kMaxThreads);
+  const int quads = args.head_dim_v / 4;
+  const int threads = std::min((quads * kGroups + 31) / 32 * 32, kMaxThreads);
   const dim3 grid(unsigned(args.tokens_per_req * args.num_heads), unsigned(args.num_reqs));
   const auto kernel =
       dtype == DType::kF16 ? combine_splits_kernel<__half> : combine_splits_kernel<__nv_bfloat16>;
-  device::launch(kernel, grid, kThreads, 0, static_cast<cudaStream_t>(stream.handle), args);
+  const OverlapAnyway overlap;
+  device::launch(kernel, grid, unsigned(threads), 0, static_cast<cudaStream_t>(stream.handle),
+                 args);
 }
 
 }  // namespace fastgpt::attention

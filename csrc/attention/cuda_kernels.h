@@ -11,6 +11,9 @@ namespace fastgpt::attention {
 /// Longer ones have enough query tiles to fill the device.
 constexpr int kMaxDecodeTokens = 8;
 
+/// Splits that a cluster merges.
+constexpr int kMaxClusterSplits = 8;
+
 /// A split starts at a multiple of this many keys.
 constexpr int kSplitKeys = 64;
 
@@ -33,9 +36,10 @@ struct PagedArgs {
   void* out;
   std::int64_t out_token_stride;
   std::int64_t out_head_stride;
-  float* partial;      // [num_splits, num_rows, head_dim_v]; unused with one split
+  float* partial;      // [num_splits, num_rows, head_dim_v]; unused with one split or a cluster
   float* partial_lse;  // [num_splits, num_rows], natural logarithm
   int num_splits;
+  bool is_cluster;  // splits are the CTAs of one cluster and merge in its shared memory
   int num_reqs;
   int num_tokens;
   int tokens_per_req;  // rows of partial: (req * tokens_per_req + token) * num_heads + head

@@ -1,4 +1,5 @@
 #include "attention/paged.cuh"
+#include "device/cluster.cuh"
 #include "device/dependent.cuh"
 #include "device/launch.cuh"
 #include "device/pack.cuh"
@@ -19,9 +20,29 @@ struct DecodeShape {
   static constexpr int kMergeStride = D + 8;  // floats; the pad keeps a quad's stores apart
   static constexpr int kStageBytes = kWarps * kStages * 2 * kTileElements * 2;
   static constexpr int kMergeBytes = kWarps * kRows * (kMergeStride + 2) * 4;
-  static constexpr int kBytes = kStageBytes > kMergeBytes ? kStageBytes : kMergeBytes;
+  static constexpr int kReceiveStride = D + 4;  // floats of a row and its lse
+  static constexpr int kReceiveBytes = (kRows + kMaxClusterSplits - 1) * kReceiveStride * 4;
+  static constexpr int kEndBytes = kMergeBytes + kReceiveBytes + 8;  // and their barrier
+  static constexpr int kBytes = kStageBytes > kEndBytes ? kStageBytes : kEndBytes;
   static_assert(kStages >= 2 && kBytes <= 64 << 10, "sm_75 has 64 KiB");
 };
+
+// Four columns of a finished row.
+template <class T>
+__device__ void store_quad(const PagedArgs& args, const RequestView& request, int kv_head, int row,
+                           int column, const float4& total, float inv) {
+  device::Pack<T, 4> pack;
+  pack.values[0] = device::from_float<T>(total.x * inv);
+  pack.values[1] = device::from_float<T>(total.y * inv);
+  pack.values[2] = device::from_float<T>(total.z * inv);
+  pack.values[3] = device::from_float<T>(total.w * inv);
+  const int token = row / args.group;
+  const int head = kv_head * args.group + row % args.group;
+  device::store_pack(static_cast<T*>(args.out) +
+                         (request.first_token + token) * args.out_token_stride +
+                         head * args.out_head_stride + column,
+                     pack);
+}
 
 // One CTA owns one split of the keys of one kv head for 16 query rows: the heads of the group are
 // packed with the tokens, row = token * group + head, so that a key is loaded once for all of
@@ -30,8 +51,9 @@ struct DecodeShape {
 //   keys  | w0 | w1 | w2 | w3 | w0 | w1 | ...
 //
 // each with its own pipeline and its own softmax: no barrier until the warps merge at the end.
-// Rejected: all warps on one tile, which costs two barriers per tile.
-// Grid: (num_splits, row tiles * num_kv_heads, num_reqs).
+// Splits that are a cluster merge too: each finishes every num_active-th row, whose parts the
+// others store into its shared memory. Else combine_splits_kernel does. Rejected: all warps on one
+// tile, which costs two barriers per tile. Grid: (num_splits, row tiles * num_kv_heads, num_reqs).
 template <class T, int D>
 __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
     decode_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
@@ -170,8 +192,25 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
     device::wait_async_copies<0>();
     __syncthreads();
 
-    // Merge the warps: shared memory now holds [warp][row][column] and each row's maximum and sum.
+    // The rings have become what is merged here, what other CTAs store, and the barrier for that.
     float* merge = reinterpret_cast<float*>(shared);
+    float* received = reinterpret_cast<float*>(shared + Shape::kMergeBytes);
+    auto* arrived =
+        reinterpret_cast<std::uint64_t*>(shared + Shape::kMergeBytes + Shape::kReceiveBytes);
+    const bool is_cluster = device::cluster_size() > 1 && range.num_active > 1;
+    const int rows_here = min(num_rows - first_row, kRows);
+    const int my_rows = (rows_here - split + range.num_active - 1) / range.num_active;
+    if (is_cluster) {
+      if (threadIdx.x == 0) {
+        device::barrier_init(arrived, 1);
+        device::barrier_init_fence();
+        device::barrier_expect(arrived,
+                               unsigned(range.num_active * my_rows * (args.head_dim_v + 4) * 4));
+      }
+      __syncwarp();
+      device::cluster_arrive_relaxed();
+    }
+    // Merge the warps: [warp][row][column] and each row's maximum and sum.
     float* maxima = merge + kWarps * kRows * Shape::kMergeStride;
     float* sums = maxima + kWarps * kRows;
 #pragma unroll
@@ -187,6 +226,7 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
         sums[row] = softmax.sum[r];
       }
     }
+    if (is_cluster) device::cluster_wait();
     __syncthreads();
     const int quads = args.head_dim_v / 4;
     for (int i = int(threadIdx.x); i < kRows * quads; i += kWarps * 32) {
@@ -213,22 +253,54 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
       const float inv = sum > 0.0F ? 1.0F / sum : 0.0F;
       const int token = (first_row + row) / args.group;
       const int head = kv_head * args.group + (first_row + row) % args.group;
+      if (is_cluster) {
+        const int owner = row % range.num_active;
+        const int owner_rows = (rows_here - owner + range.num_active - 1) / range.num_active;
+        float* const to =
+            received + (split * owner_rows + row / range.num_active) * Shape::kReceiveStride;
+        device::store_cluster_async(
+            to + column, make_float4(total.x * inv, total.y * inv, total.z * inv, total.w * inv),
+            arrived, unsigned(owner));
+        if (column == 0) {
+          device::store_cluster_async(to + D,
+                                      make_float4(natural_lse(top, sum, args.scale), 0, 0, 0),
+                                      arrived, unsigned(owner));
+        }
+        continue;
+      }
       if (range.num_active == 1) {
-        device::Pack<T, 4> pack;
-        pack.values[0] = device::from_float<T>(total.x * inv);
-        pack.values[1] = device::from_float<T>(total.y * inv);
-        pack.values[2] = device::from_float<T>(total.z * inv);
-        pack.values[3] = device::from_float<T>(total.w * inv);
-        device::store_pack(static_cast<T*>(args.out) +
-                               (request.first_token + token) * args.out_token_stride +
-                               head * args.out_head_stride + column,
-                           pack);
+        store_quad<T>(args, request, kv_head, first_row + row, column, total, inv);
       } else {
         const std::int64_t slot = partial_row(args, split, req, token, head);
         *reinterpret_cast<float4*>(args.partial + slot * args.head_dim_v + column) =
             make_float4(total.x * inv, total.y * inv, total.z * inv, total.w * inv);
         if (column == 0) args.partial_lse[slot] = natural_lse(top, sum, args.scale);
       }
+    }
+    if (!is_cluster) return;
+    device::barrier_wait(arrived, 0);
+    for (int i = int(threadIdx.x); i < my_rows * quads; i += kWarps * 32) {
+      const int mine = i / quads;
+      const int column = i % quads * 4;
+      const float* from = received + mine * Shape::kReceiveStride;
+      const int part_stride = my_rows * Shape::kReceiveStride;
+      float top = -INFINITY;
+      for (int s = 0; s < range.num_active; ++s) top = fmaxf(top, from[s * part_stride + D]);
+      const float base = top == -INFINITY ? 0.0F : top;
+      float weights = 0.0F;
+      float4 total = {};
+      for (int s = 0; s < range.num_active; ++s) {
+        const float weight = exp2f((from[s * part_stride + D] - base) * kLog2e);
+        const float4 part = *reinterpret_cast<const float4*>(from + s * part_stride + column);
+        weights += weight;
+        total.x += weight * part.x;
+        total.y += weight * part.y;
+        total.z += weight * part.z;
+        total.w += weight * part.w;
+      }
+      const float inv = weights > 0.0F ? 1.0F / weights : 0.0F;
+      const int row = first_row + mine * range.num_active + split;
+      store_quad<T>(args, request, kv_head, row, column, total, inv);
     }
   }
 }
@@ -242,7 +314,8 @@ void launch(const PagedArgs& args, const Stream& stream) {
   const dim3 grid(unsigned(args.num_splits), unsigned(row_tiles * args.num_kv_heads),
                   unsigned(args.num_reqs));
   device::launch(decode_kernel<T, D>, grid, Shape::kWarps * 32, Shape::kBytes,
-                 static_cast<cudaStream_t>(stream.handle), args);
+                 static_cast<cudaStream_t>(stream.handle), args,
+                 args.is_cluster ? unsigned(args.num_splits) : 1U);
 }
 
 template <class T>

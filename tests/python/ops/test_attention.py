@@ -170,6 +170,24 @@ def test_attention_prefill_block_sizes(heads: tuple[int, int, int, int], block_s
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "heads",
+    [(4, 4, 64, 64), (12, 2, 128, 128), (40, 2, 128, 64), (4, 2, 96, 80), (2, 1, 256, 256)],
+    ids=str,
+)
+@pytest.mark.parametrize("longest", [65, 500, 4100])
+def test_attention_decode_of_split_keys(
+    heads: tuple[int, int, int, int], longest: int, dtype: torch.dtype
+) -> None:
+    """Splits that meet in a cluster and those of a second kernel; fewer keys than splits."""
+    device = torch.device("cuda")
+    batch = [(2, longest), (1, 1), (0, 0), (1, 64), (8, 65), (3, 0), (1, longest // 3)]
+    for lengths in ([(1, longest)], batch):
+        check(make_case(lengths, heads, device, dtype=dtype), heads[3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("num_heads", "block_size"), [(16, 16), (20, 64), (128, 128), (128, 24)])
 def test_mla_attention_of_many_rows(num_heads: int, block_size: int, dtype: torch.dtype) -> None:
     """Enough rows for 64 a CTA: decodes alone, split and not, then prefill between them."""
