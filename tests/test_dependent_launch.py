@@ -48,7 +48,8 @@ def kernels() -> list[tuple[str, str, str]]:
 
 
 KERNELS = kernels()
-READS_AHEAD = {"decode_kernel", "hopper_kernel"}  # of csrc/gemm: ask for weights, then wait
+# Of csrc/gemm: they ask for weights, then wait.
+READS_AHEAD = {"decode_kernel", "hopper_kernel", "tiled_kernel"}
 
 
 def test_every_family_is_seen() -> None:
@@ -73,10 +74,11 @@ def test_kernel_takes_dependent_arguments_and_waits(name: str, parameters: str, 
     assert not re.search(r"\breturn\b|\bif\b|\bfor\b", before), f"{name} may leave before its wait"
 
 
-def test_products_wait_between_weights_and_activations() -> None:
+@pytest.mark.parametrize("kernel", ["decode", "tiled"])
+def test_products_wait_between_weights_and_activations(kernel: str) -> None:
     """The few-row products: experts wait before their weight is chosen, all before x is read."""
-    text = code_of(CSRC / "gemm/decode.cuh")
-    body = next(b for n, p, b in KERNELS if n == "decode_kernel" and "ProductArgs" in p)
+    text = code_of(CSRC / f"gemm/{kernel}.cuh")
+    body = next(b for n, p, b in KERNELS if n == f"{kernel}_kernel" and "ProductArgs" in p)
     last_wait = body.rindex("dependent.wait()")
     ahead, after = body[:last_wait], body[last_wait:]
     assert text.count("dependent.wait()") == 2

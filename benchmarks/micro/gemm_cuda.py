@@ -6,6 +6,7 @@ poisoned slices. Timed: CUDA-graph replays over weights that together exceed L2,
 Talks to the op library alone, so it runs where the class module is not compiled.
 
     python benchmarks/micro/gemm_cuda.py [--library fastgpt/_ops.so] [--small] [--no-timing]
+        [--only-few-rows] [--only-many-rows]
 """
 
 import argparse
@@ -290,15 +291,22 @@ def random_weight(name: str, n: int, k: int) -> tuple[tuple, int]:
         weight = torch.randn(n, k, device=DEV, dtype=torch.bfloat16 if name == "bf16" else None)
         weight = weight if name == "bf16" else weight.half()
         return (weight,), weight.nbytes
+    family, *options = name.split("_")
     packed = torch.randint(
-        0, 126, (ceil_div(n, 16), ceil_div(k, 128) * (1 if name == "int4" else 2), 1024),
-        device=DEV, dtype=torch.int8 if name == "int8" else torch.uint8,
+        0, 126, (ceil_div(n, 16), ceil_div(k, 128) * (1 if family == "int4" else 2), 1024),
+        device=DEV, dtype=torch.int8 if family == "int8" else torch.uint8,
     )  # fmt: skip
-    if name != "int4":
+    if family != "int4":
         scale = torch.rand(n, device=DEV)
         return (packed, scale), packed.nbytes + scale.nbytes
-    scale = torch.rand(ceil_div(n, 16), ceil_div(k, 128), 16, device=DEV).half()
-    return (packed, scale, None, 128), packed.nbytes + scale.nbytes
+    group_size = int(options[0][1:]) if options else 128
+    shape = (ceil_div(n, 16), ceil_div(k, 128) * (128 // group_size), 16)
+    scale = torch.rand(shape, device=DEV).half()
+    zero = None
+    if "asym" in options:
+        zero = torch.randint(0, 16, shape, device=DEV, dtype=torch.uint8)
+    num_bytes = packed.nbytes + scale.nbytes + (zero.nbytes if zero is not None else 0)
+    return (packed, scale, zero, group_size), num_bytes
 
 
 def streaming_read() -> float:
@@ -327,23 +335,25 @@ def median_us(calls: list[Callable[[], object]]) -> float:
     return statistics.median(times[1:])
 
 
+ROWS = (1, 8, 16, 32, 48, 64)
+INT4 = ("int4", "int4_g32", "int4_g64_asym", "int4_g128_asym")
 TIMED = [
-    ("7b gate_up", 37888, 3584, ("int4", "bf16"), (1, 2, 4, 8, 16, 32, 64, 256, 2048)),
-    ("7b down", 3584, 18944, ("int4", "bf16"), (1, 2, 8, 16, 64, 256)),
-    ("7b qkv", 4608, 3584, ("int4", "fp8", "int8", "bf16"), (1, 16, 64, 256)),
-    ("7b o", 3584, 3584, ("int4", "fp8", "int8", "bf16"), (1, 16, 64)),
-    ("7b gate_up", 37888, 3584, ("fp8", "int8"), (1, 16, 64, 256)),
-    ("7b down", 3584, 18944, ("fp8", "int8"), (1, 16)),
-    ("1.5b gate_up", 17920, 1536, ("int4", "bf16"), (1, 16, 64)),
-    ("1.5b down", 1536, 8960, ("int4", "bf16"), (1, 16, 64)),
-    ("1.5b qkv", 2048, 1536, ("fp8", "bf16"), (1, 16)),
-    ("1.5b o", 1536, 1536, ("fp8", "bf16"), (1, 16)),
-    ("1.5b head", 151936, 1536, ("fp16", "bf16"), (1, 16, 64)),
+    ("7b gate_up", 37888, 3584, ("bf16", "fp8", "int8", *INT4), ROWS),
+    ("7b down", 3584, 18944, ("bf16", "fp8", "int8", *INT4), ROWS),
+    ("7b qkv", 4608, 3584, ("bf16", "fp8", "int8", "int4"), ROWS),
+    ("7b o", 3584, 3584, ("bf16", "fp8", "int8", "int4"), ROWS),
+    ("1.5b gate_up", 17920, 1536, ("bf16", "fp8", "int8", *INT4), ROWS),
+    ("1.5b down", 1536, 8960, ("bf16", "fp8", "int8", *INT4), ROWS),
+    ("1.5b qkv", 2048, 1536, ("bf16", "fp8", "int8", "int4"), ROWS),
+    ("1.5b o", 1536, 1536, ("bf16", "fp8", "int8", "int4"), ROWS),
+    ("1.5b head", 151936, 1536, ("bf16", "fp16"), (1, 16, 64)),
 ]
 
 
 def time_products(read_tbps: float) -> Iterator[dict]:
+    """Products of few rows beside torch's of the same rows by a bf16 weight."""
     for label, n, k, names, row_counts in TIMED:
+        torch_us: dict[int, float] = {}
         for name in names:
             size = random_weight(name, n, k)[1]
             copies = max(2, min(48, ceil_div(4 * L2_BYTES, size)))
@@ -353,16 +363,34 @@ def time_products(read_tbps: float) -> Iterator[dict]:
                 out = torch.empty(rows, n, device=DEV, dtype=torch.bfloat16)
                 function = op("linear", name)
                 ours = median_us([partial(function, x, *w, None, out) for w in weights])
-                row = {"shape": label, "n": n, "k": k, "format": name, "rows": rows}
-                row |= {"us": round(ours, 2), "copies": copies}
-                row["limit"] = round(size / (read_tbps * 1e6) / ours, 3)
-                row["tflops"] = round(2e-6 * rows * n * k / ours, 1)
                 if name == "bf16":
                     calls = [partial(torch.mm, x, w[0].T, out=out) for w in weights]
-                    row["torch_us"] = round(median_us(calls), 2)
-                yield row
+                    torch_us[rows] = median_us(calls)
+                yield {
+                    "shape": label, "n": n, "k": k, "format": name, "rows": rows,
+                    "us": round(ours, 2), "copies": copies,
+                    "limit": round(size / (read_tbps * 1e6) / ours, 3),
+                    "tflops": round(2e-6 * rows * n * k / ours, 1),
+                    "torch_us": round(torch_us[rows], 2),
+                    "speedup": round(torch_us[rows] / ours, 3),
+                }  # fmt: skip
             del weights
             torch.cuda.empty_cache()
+
+
+def print_few_rows(rows: list[dict]) -> None:
+    print("us, share of the memory limit, times torch with a bf16 weight")
+    print(f"{'shape':13}{'format':15}" + "".join(f"{r:>17}" for r in ROWS))
+    for label, _n, _k, names, _rows in TIMED:
+        for name in names:
+            mine = {r["rows"]: r for r in rows if r["shape"] == label and r["format"] == name}
+            cells = "".join(
+                f"{r['us']:8.1f} {r['limit']:3.2f} {r['speedup']:4.2f}"
+                if (r := mine.get(n))
+                else " " * 17
+                for n in ROWS
+            )
+            print(f"{label:13}{name:15}{cells}")
 
 
 MANY_ROWS = (48, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -437,6 +465,7 @@ def main() -> None:
     parser.add_argument("--core", help="libfastgpt.so to load instead of the one beside --library")
     parser.add_argument("--small", action="store_true", help="few small shapes, as for a sanitizer")
     parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument("--only-few-rows", action="store_true", help="time nothing else")
     parser.add_argument("--only-many-rows", action="store_true", help="time nothing else")
     parser.add_argument("--no-check", action="store_true", help="time only")
     args = parser.parse_args()
@@ -463,19 +492,16 @@ def main() -> None:
 
     read_tbps = streaming_read()
     rows = [] if args.only_many_rows else list(time_products(read_tbps))
-    many = list(time_many_rows())
+    many = [] if args.only_few_rows else list(time_many_rows())
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit}")
     print(f"streaming read {read_tbps:.3f} TB/s")
-    print(f"{'shape':13}{'format':7}{'rows':>5}{'us':>9}{'limit':>7}{'TF/s':>7}{'torch us':>9}")
-    for r in rows:
-        print(
-            f"{r['shape']:13}{r['format']:7}{r['rows']:5}{r['us']:9.1f}{r['limit']:7.2f}"
-            f"{r['tflops']:7.0f}{r.get('torch_us', ''):>9}"
-        )
-    print_many_rows(many)
+    if rows:
+        print_few_rows(rows)
+    if many:
+        print_many_rows(many)
     print(
         json.dumps(
             {

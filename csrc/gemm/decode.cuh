@@ -1,6 +1,6 @@
 // Products for few rows of x: the weight streams through once, everything else is small.
 //
-// One CTA owns 16 (or 32) weight rows and up to 8 (or 16) rows of x. Its warps split the columns:
+// One CTA owns 16 (or 32) weight rows and up to 8 (16, 32) rows of x. Its warps split the columns:
 // warp w takes the blocks w, w + num_warps, ... and keeps a private ring of blocks in flight, so no
 // barrier stands between a load and the next; partial sums meet once in shared memory. x is read
 // straight into the operands, past shared memory: each value is used by one warp of the CTA only,
@@ -25,6 +25,12 @@
 namespace fastgpt::gemm {
 
 inline constexpr int kDecodeMaxWarps = 12;
+
+/// Warps that an SM has registers and rings for.
+template <int kTilesX>
+inline constexpr int kDecodeResidentWarps = kTilesX == 1   ? 24
+                                            : kTilesX == 2 ? 16
+                                                           : 12;
 
 /// One block of a warp's ring. Six to eight KiB a warp in flight whatever the format, so that 24
 /// warps of an SM ask for 150 to 190 KiB: six times what the latency of memory needs, because CTAs
@@ -277,12 +283,32 @@ __global__ void __launch_bounds__(32 * kDecodeMaxWarps)
 #endif
 }
 
-/// Warps of a CTA: enough that a short grid still fills the SMs (24 rings each; 32 gain nothing),
-/// at most one per block of columns.
-inline int decode_num_warps(std::int64_t num_ctas, std::int64_t num_blocks, int num_sms) {
-  const std::int64_t ctas_per_sm = std::clamp<std::int64_t>(ceil_div(num_ctas, num_sms), 2, 6);
-  const std::int64_t warps = 2 * kDecodeMaxWarps / ctas_per_sm;
-  return int(std::clamp<std::int64_t>(warps, 1, std::max<std::int64_t>(num_blocks, 1)));
+/// Warps of a CTA. CTAs that start together end together, so what counts is how rounds of them fill
+/// the SMs: a round lasts as long as its SM's blocks, or as its longest warp's, and a set-up. The
+/// constants are in times of a block and fit an H100's.
+/// @param max_warps resident on an SM, by registers and rings.
+inline int decode_num_warps(std::int64_t num_ctas, std::int64_t num_blocks, int num_sms,
+                            int max_warps) {
+  constexpr std::int64_t kSetup = 20;
+  constexpr std::int64_t kLatency = 10;  // of a block in a warp
+  constexpr double kFewWarps = 2;        // of an SM hide each other's latency less
+  const std::int64_t of_sm = ceil_div(num_ctas, num_sms);
+  int best = 1;
+  double best_cost = 0;
+  for (int w = 1; w <= kDecodeMaxWarps && w <= std::max<std::int64_t>(num_blocks, 1); ++w) {
+    const std::int64_t resident = std::clamp<std::int64_t>(max_warps / w, 1, of_sm);
+    const std::int64_t longest_warp = kLatency * ceil_div(num_blocks, w);
+    const std::int64_t full_rounds = of_sm / resident, left = of_sm % resident;
+    const std::int64_t cost =
+        full_rounds * (kSetup + std::max(resident * num_blocks, longest_warp)) +
+        (left > 0 ? kSetup + std::max(left * num_blocks, longest_warp) : 0);
+    const double weighted = double(cost) * (1.0 + kFewWarps / double(resident * w));
+    if (w == 1 || weighted <= best_cost) {
+      best = w;
+      best_cost = weighted;
+    }
+  }
+  return best;
 }
 
 template <WeightFormat kFormat, class W, class X, int kTilesN, int kTilesX>
@@ -294,7 +320,8 @@ void launch_decode(const ProductArgs& p, int num_batches, int num_sms, cudaStrea
   const dim3 grid(unsigned(num_row_tiles(p, 8 * kTilesX)), unsigned(ceil_div(p.n, 16 * kTilesN)),
                   unsigned(num_batches));
   const int warps = decode_num_warps(std::int64_t(grid.x) * grid.y * grid.z,
-                                     ceil_div(p.k, DecodeStage<kFormat, kTilesN>::kCols), num_sms);
+                                     ceil_div(p.k, DecodeStage<kFormat, kTilesN>::kCols), num_sms,
+                                     kDecodeResidentWarps<kTilesX>);
   const int shared_bytes = decode_shared_bytes<kFormat, kTilesN, kTilesX>(p.k, warps);
   FASTGPT_CUDA_TRY(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));

@@ -6,9 +6,10 @@
 
 namespace fastgpt::gemm {
 
-/// Rows of x per weight up to which the streaming kernel is always taken, and up to which it is
-/// where tiles would leave SMs idle: its passes over x cost less than an empty half of the chip.
-inline constexpr std::int64_t kDecodeRows = 32;
+/// Rows of x per weight up to which the streaming kernel is taken where tiles cannot be split over
+/// CTAs, and up to which it is where they would leave SMs idle besides: its passes over x cost less
+/// than an empty half of the chip.
+inline constexpr std::int64_t kDecodeRowsWhole = 32;
 inline constexpr std::int64_t kDecodeRowsFewTiles = 128;
 
 template <WeightFormat kFormat, class W, class X>
@@ -16,10 +17,19 @@ void launch_product(const ProductArgs& p, int num_batches, const device::Traits&
                     cudaStream_t stream) {
   const std::int64_t weights = p.sorted_rows != nullptr ? std::max(p.num_experts, 1) : 1;
   const std::int64_t rows = ceil_div(p.num_rows, weights);  // mean rows of one weight
+  if (rows > kDecodeRows && ((rows <= kDecodeTileRows && keeps_x_in_l1(p)) ||
+                             is_small_product(p, num_batches, traits.num_sms))) {
+    return launch_decode<kFormat, W, X, 1, 4>(p, num_batches, traits.num_sms, stream);
+  }
+  const bool can_split = traits.arch >= 90 && p.sorted_rows == nullptr;
   const bool fills_device =
-      num_row_tiles(p, kTiledX) * ceil_div(p.n, kTiledN) * num_batches >= traits.num_sms;
-  if (rows > (fills_device ? kDecodeRows : kDecodeRowsFewTiles) && p.x_aligned) {
-    return launch_tiled<kFormat, W, X>(p, num_batches, stream);
+      num_row_tiles(p, 64) * ceil_div(p.n, kTiledN) * num_batches >= traits.num_sms;
+  const std::int64_t decode_rows = can_split      ? kDecodeRows
+                                   : fills_device ? kDecodeRowsWhole
+                                                  : kDecodeRowsFewTiles;
+  if (rows > decode_rows && p.x_aligned) {
+    if (rows <= 32) return launch_tiled<kFormat, W, X, 32>(p, num_batches, traits, stream);
+    return launch_tiled<kFormat, W, X, 64>(p, num_batches, traits, stream);
   }
   // Two weight tiles a warp halve the reads of x, if that still leaves four CTAs for every SM.
   const bool wide = ceil_div(p.n, 32) * num_batches >= 4 * traits.num_sms;

@@ -33,8 +33,10 @@ void set_weight(ProductArgs& args, const WeightView& weight, bool stacked) {
   if (weight.zero_point) args.zero_batch_bytes = weight.zero_point.stride(0);
 }
 
-/// Rows of x from which on the kernel for Hopper is taken where its code runs.
+/// Rows of x from which on the kernel for Hopper is taken where its code runs. Codes cost it more:
+/// each CTA converts them for its rows.
 constexpr std::int64_t kHopperRows = 33;
+constexpr std::int64_t kHopperRowsDense = 17;
 
 bool takes_hopper(const ProductArgs& p, WeightFormat format, int num_batches) {
   if (format == WeightFormat::kInt8) return false;  // has no operands there yet
@@ -43,8 +45,10 @@ bool takes_hopper(const ProductArgs& p, WeightFormat format, int num_batches) {
   }
   // Rows of experts lie apart and heads are small: they stay with tiled.cuh. TMA refuses a stride
   // of 0, a row that stands for many.
-  return p.sorted_rows == nullptr && num_batches == 1 && p.num_rows >= kHopperRows && p.k > 0 &&
-         p.x_aligned && p.x_stride > 0 && device::hopper_traits().has_wgmma;
+  const std::int64_t rows = format == WeightFormat::kDense ? kHopperRowsDense : kHopperRows;
+  return p.sorted_rows == nullptr && num_batches == 1 && p.num_rows >= rows && p.k > 0 &&
+         p.x_aligned && p.x_stride > 0 && device::hopper_traits().has_wgmma &&
+         !is_small_product(p, num_batches, device::current_traits().num_sms);
 }
 
 // Tensor cores multiply 16-bit x; what they cannot take goes to the CUDA cores.

@@ -11,9 +11,10 @@ from fastgpt.ops import quant
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-# Rows: one and few (streaming, one and two tiles of x), two passes of it, tiles of 64 and up.
+# Rows: one and few (streaming, one, two and four tiles of x), two passes of it, tiles of 64 and up.
 ROWS = [1, 7, 16, 31, 33, 65, 150, 257]
-SHAPES = [(1, 128), (130, 200), (4352, 264), (17000, 392)]  # the last: two weight tiles a warp
+# Two weight tiles a warp, and columns that the CTAs of a cluster share.
+SHAPES = [(1, 128), (130, 200), (4352, 264), (17000, 392), (300, 4200)]
 
 
 def quantized(format: str, weight: torch.Tensor) -> tuple[ops.ArrangedWeight, torch.Tensor]:
