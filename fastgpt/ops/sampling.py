@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops._library import call
-from fastgpt.ops.scratch import empty
+from fastgpt.ops.scratch import empty_like
 
 __all__ = ["penalize", "record_tokens", "sample"]
 
@@ -45,7 +45,7 @@ def sample(
     Source: Philox4x32-10, Salmon et al., SC 2011; top-p, arXiv:1904.09751; min-p, arXiv:2407.01082.
     """
     if ids is None:
-        ids = empty((logits.shape[0],), torch.int64, logits.device)
+        ids = empty_like(seeds)
     call(_ops.sample.default, logits, temperature, top_k, top_p, min_p, seeds, positions, ids)
     return ids
 
