@@ -33,8 +33,8 @@ import torch
 from random_model import SHAPES, write_checkpoint
 
 from fastgpt.checkpoint.writer import ContainerWriter
-from fastgpt.memory import GPTMemoryPool
-from fastgpt.quant import Calibration, Quantizer, family, run
+from fastgpt.quant import Calibration, Quantizer, family, gptq, layerwise, run, search
+from fastgpt.quant.input_stats import InputStats
 from fastgpt.quant.observe import HiddenStates
 
 _CLIP = {"format": "int4", "algorithm": "clip"}
@@ -44,6 +44,7 @@ METHODS: dict[str, Any] = {
     "clip": {"attention_weights": _CLIP, "residual_connections": _CLIP},
     "gptq": "int4",
 }
+_WARM_UP = 8  # sequences
 TARGET_S = {"fp8": 15.0, "int4": 40.0, "gptq": 240.0}  # of the 8B shape on an H200
 
 
@@ -86,17 +87,17 @@ def checkpoint(args: argparse.Namespace, num_layers: int) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def quantize(args: argparse.Namespace, folder: Path) -> float:
-    """Quantize once; return the seconds."""
+def quantize(args: argparse.Namespace, folder: Path, num_sequences: int) -> float:
+    """Quantize once, with that many sequences where tokens are used; return the seconds."""
     calibration = None
     if args.method in {"clip", "gptq"}:
         generator = torch.Generator().manual_seed(0)
-        shape = (args.num_sequences, args.length)
+        shape = (num_sequences, args.length)
         vocab = SHAPES[args.shape]["vocab_size"]
         tokens = torch.randint(vocab, shape, generator=generator).tolist()
         calibration = Calibration(
             tokens,
-            num_sequences=args.num_sequences - args.num_evaluation,
+            num_sequences=num_sequences - args.num_evaluation,
             num_evaluation=args.num_evaluation,
         )
     start = time.monotonic()
@@ -107,11 +108,19 @@ def quantize(args: argparse.Namespace, folder: Path) -> float:
     return time.monotonic() - start
 
 
-STAGES = {  # what the main thread does for a tensor or a block: module or class, function
+# What the main thread does for a tensor or a block: module or class, function. Behind a point: a
+# part of the stage above it.
+STAGES = {
     "read the source": (family, "_read"),
-    "take to the device": (GPTMemoryPool, "allocate"),
     "observe": (HiddenStates, "observe_layer"),
+    ". Gram matrices": (InputStats, "add"),
     "search": (family, "quantize_layer"),
+    ". scale of a norm": (layerwise, "_best_scale"),
+    ". clipped grids": (search, "clipped_grid"),
+    ". nearest codes": (search, "encode"),
+    ". GPTQ": (search, "gptq_codes"),
+    ".. its factor": (gptq, "_upper_factor"),
+    ". errors of outputs": (search, "_energies"),
     "round": (family, "round_tensor"),
     "choose": (family, "choose"),
     "errors": (family, "squared_errors"),
@@ -151,8 +160,8 @@ def profiled(is_wanted: bool) -> Iterator[None]:
             setattr(*STAGES[stage], function)
     if is_wanted:
         print(f"stages of {time.monotonic() - start:.2f} s, the device waited for:")
-        for stage, taken in seconds.most_common():
-            print(f"  {stage:26}{taken:8.3f} s")
+        for stage in STAGES:
+            print(f"  {stage:26}{seconds[stage]:8.3f} s")
 
 
 def measure_time(args: argparse.Namespace) -> dict[str, Any]:
@@ -161,9 +170,9 @@ def measure_time(args: argparse.Namespace) -> dict[str, Any]:
     for num_layers in (1, args.layers):
         with checkpoint(args, num_layers) as folder:
             if num_layers == 1:
-                quantize(args, folder)  # kernels and libraries are loaded
+                quantize(args, folder, _WARM_UP)  # kernels and libraries are loaded
             with profiled(args.profile and num_layers == args.layers):
-                seconds[num_layers] = quantize(args, folder)
+                seconds[num_layers] = quantize(args, folder, args.num_sequences)
         print(f"{num_layers} layers: measured {seconds[num_layers]:.2f} s", flush=True)
     each = (seconds[args.layers] - seconds[1]) / (args.layers - 1)
     all_layers = SHAPES[args.shape]["num_hidden_layers"]
@@ -189,7 +198,7 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
     for num_layers in (4, 8):
         with checkpoint(args, num_layers) as folder, PeakMemory() as memory:
             torch.cuda.reset_peak_memory_stats()
-            seconds = quantize(args, folder)
+            seconds = quantize(args, folder, args.num_sequences)
             by_torch = torch.cuda.max_memory_allocated() / 1e9
         peaks[num_layers] = memory.peak_bytes
         print(

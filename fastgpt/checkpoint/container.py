@@ -38,6 +38,7 @@ ALIGNMENT = 64
 
 PADDING = "__padding__."
 NO_SUM = "0" * 16
+_PIECE_BYTES = 4 << 20  # hashed at once
 HEADER_PREFIX = '{"__metadata__":{"xxh3":"'  # every header starts so; the 16 digits follow
 SUM_AT = len(HEADER_PREFIX)
 
@@ -261,6 +262,20 @@ def part_bytes(part: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, not copied."""
     raw = part.reshape(-1).view(torch.uint8).numpy()
     return raw.data
+
+
+def part_sums(part: torch.Tensor) -> tuple[str, str]:
+    """Return what `part_xxh3` and `part_sha256` do, the bytes read once.
+
+    A piece at a time: XXH3 keeps Python's lock while it runs.
+    """
+    xxh3, sha256 = xxhash.xxh3_64(), hashlib.sha256()
+    raw = part_bytes(part)
+    for first in range(0, len(raw), _PIECE_BYTES):
+        piece = raw[first : first + _PIECE_BYTES]
+        xxh3.update(piece)
+        sha256.update(piece)
+    return xxh3.hexdigest(), sha256.hexdigest()
 
 
 def part_xxh3(part: torch.Tensor) -> str:

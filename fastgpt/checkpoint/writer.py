@@ -31,7 +31,7 @@ from fastgpt.checkpoint.container import (
     Metadata,
     TensorRecord,
     part_bytes,
-    part_sha256,
+    part_sums,
     part_xxh3,
     stored_name,
 )
@@ -39,15 +39,16 @@ from fastgpt.checkpoint.safetensors import DTYPES
 from fastgpt.errors import CheckpointError
 from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor
 
-__all__ = ["ContainerWriter", "WrittenBlock", "write_container"]
+__all__ = ["Commit", "ContainerWriter", "WrittenBlock", "write_container"]
 
 Stored = torch.Tensor | QuantizedTensor
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FORMAT_OF = {dtype: name for name, dtype in PLAIN_DTYPES.items()}
-_MAX_PENDING_BYTES = 1 << 30  # in memory while threads write and hash them
+_MAX_PENDING_BYTES = 4 << 30  # in memory while threads write and hash them
+_MAX_WRITE_BYTES = 64 << 20  # by one thread: a new page of a file costs more than its bytes
 _MAX_THREADS = 8
-_MAX_CALL_BYTES = 1 << 30  # of one system call; Linux takes less than 2 GiB
+_MAX_CALL_BYTES = 1 << 30  # of one read; Linux takes less than 2 GiB
 
 
 class WrittenBlock(msgspec.Struct, frozen=True):
@@ -62,6 +63,23 @@ class WrittenBlock(msgspec.Struct, frozen=True):
     entries: dict[str, dict[str, Any]]
     records: dict[str, TensorRecord]
     end: int
+
+
+class Commit:
+    """A block that is on its way to the disk.
+
+    Args:
+        wait: returns it when it is there.
+        futures: what has to be done for that.
+    """
+
+    def __init__(self, wait: Callable[[], WrittenBlock], futures: Sequence[Future[Any]]) -> None:
+        self.wait = wait
+        self._futures = futures
+
+    def is_written(self) -> bool:
+        """Tell whether `wait` would only have the file system to wait for."""
+        return all(future.done() for future in self._futures)
 
 
 class ContainerWriter:
@@ -104,7 +122,7 @@ class ContainerWriter:
         self._file = self.body.open("r+b" if blocks else "w+b", buffering=0)
         os.ftruncate(self._file.fileno(), self._reserved + self._end)
         self._threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
-        self._waiting: deque[tuple[int, Future[Any]]] = deque()
+        self._waiting: deque[tuple[int, list[Future[Any]]]] = deque()
 
     def __contains__(self, name: object) -> bool:
         """Tell whether a tensor of this name was added."""
@@ -121,22 +139,21 @@ class ContainerWriter:
             raise CheckpointError(f"cannot write tensor {name!r}: the name is taken")
         fmt, shape, parts = _stored_form(tensor)
         sums: dict[str, Future[tuple[str, str]]] = {}
-        paddings: list[Future[tuple[str, str]]] = []
+        writes: list[Future[None]] = []
         for suffix, part in parts.items():
             if part.dtype not in _DTYPE_NAMES:
                 raise CheckpointError(f"cannot store {name!r}: {part.dtype} has no stored form")
             on_host = part.detach().cpu().contiguous()
-            sums[suffix] = self._put(stored_name(name, suffix), on_host)
+            sums[suffix] = self._put(stored_name(name, suffix), on_host, writes)
             if self._end % ALIGNMENT:
                 padding = torch.zeros(-self._end % ALIGNMENT, dtype=torch.uint8)
-                paddings.append(self._put(f"{PADDING}{len(self._entries)}", padding))
-        self._new[name] = _Pending(fmt, shape, sums, paddings)
+                self._put(f"{PADDING}{len(self._entries)}", padding, writes)
+        self._new[name] = _Pending(fmt, shape, sums, writes)
 
-    def commit(self) -> Callable[[], WrittenBlock]:
+    def commit(self) -> Commit:
         """Close a block: what was added since the last. More can be added at once.
 
-        The result, to be called before the next block's, waits until the block is on the disk and
-        returns it.
+        The result's `wait` is to be called before the next block's.
         """
         new, end = self._new, self._end
         entries = dict(list(self._entries.items())[self._num_closed :])
@@ -151,15 +168,15 @@ class ContainerWriter:
                 del self._closed[name]
             return WrittenBlock(entries, records, end)
 
-        return wait
+        return Commit(wait, [future for pending in new.values() for future in pending.futures()])
 
     def read(self, name: str) -> Stored:
-        """Return a tensor of a block that is on the disk, in memory of its own.
+        """Return a tensor of a closed block, when it is written, in memory of its own.
 
         Raises:
             CheckpointError: its bytes are not those that were written.
         """
-        record = self._records[name]
+        record = self._records[name] if name in self._records else self._closed[name].record()
         parts = {}
         for suffix, expected in record.parts.items():
             entry = self._entries[stored_name(name, suffix)]
@@ -181,7 +198,7 @@ class ContainerWriter:
 
     def finish(self, metadata: Metadata) -> None:
         """Write the header and give the file its name; `metadata.tensors` is computed here."""
-        self.commit()()
+        self.commit().wait()
         assert not self._closed
         header = _header(msgspec.structs.replace(metadata, tensors=self._records), self._entries)
         finished = self.body
@@ -211,23 +228,32 @@ class ContainerWriter:
         if not keep:
             self.body.unlink(missing_ok=True)
 
-    def _put(self, stored: str, part: torch.Tensor) -> Future[tuple[str, str]]:
-        """Send the bytes of a part on their way; the result is (xxh3, sha256)."""
+    def _put(
+        self, stored: str, part: torch.Tensor, writes: list[Future[None]]
+    ) -> Future[tuple[str, str]]:
+        """Send the bytes of a part on their way, in `writes`; the result is (xxh3, sha256)."""
         if stored in self._entries or stored == "__metadata__":
             raise CheckpointError(f"cannot write two tensors named {stored!r}")
-        future = self._threads.submit(
-            _write_and_hash, self._file.fileno(), self._reserved + self._end, part
-        )
+        start, raw = self._reserved + self._end, part_bytes(part)
+        sums = self._threads.submit(part_sums, part)
+        mine = [
+            self._threads.submit(
+                _write, self._file.fileno(), start + at, raw[at : at + _MAX_WRITE_BYTES]
+            )
+            for at in range(0, len(raw), _MAX_WRITE_BYTES)
+        ]
+        writes += mine
         self._entries[stored] = {
             "dtype": _DTYPE_NAMES[part.dtype],
             "shape": list(part.shape),
             "data_offsets": [self._end, self._end + part.nbytes],
         }
         self._end += part.nbytes
-        self._waiting.append((part.nbytes, future))
+        self._waiting.append((part.nbytes, [sums, *mine]))
         while sum(size for size, _ in self._waiting) > _MAX_PENDING_BYTES:
-            self._waiting.popleft()[1].result()
-        return future
+            for future in self._waiting.popleft()[1]:
+                future.result()
+        return sums
 
 
 class _Pending(msgspec.Struct):
@@ -236,13 +262,17 @@ class _Pending(msgspec.Struct):
     format: Format | None
     shape: tuple[int, ...]
     sums: dict[str, Future[tuple[str, str]]]
-    paddings: list[Future[tuple[str, str]]]
+    writes: list[Future[None]]
+
+    def futures(self) -> list[Future[Any]]:
+        """Return everything that is under way."""
+        return [*self.sums.values(), *self.writes]
 
     def record(self) -> TensorRecord:
         """Return the tensor's record, once its parts are written."""
         sums = {suffix: future.result() for suffix, future in self.sums.items()}
-        for padding in self.paddings:
-            padding.result()
+        for write in self.writes:
+            write.result()
         return TensorRecord(
             self.format.to_json() if self.format else None,
             self.shape,
@@ -284,12 +314,10 @@ def write_container(
         raise
 
 
-def _write_and_hash(descriptor: int, start: int, part: torch.Tensor) -> tuple[str, str]:
-    left = part_bytes(part)
+def _write(descriptor: int, start: int, left: memoryview) -> None:
     while len(left):
-        written = os.pwrite(descriptor, left[:_MAX_CALL_BYTES], start)
+        written = os.pwrite(descriptor, left, start)
         left, start = left[written:], start + written
-    return part_xxh3(part), part_sha256(part)
 
 
 def _read_all(file: FileIO, raw: torch.Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,12 @@ from fastgpt.memory import GPTMemoryPool
 from fastgpt.models.placement import resolve_dtype
 from fastgpt.models.registry import family
 from fastgpt.quant.host import on_host
+from fastgpt.quant.input_stats import InputStats
 from fastgpt.quant.layerwise import LayerWeights, NormSite, layer_index, quantize_layer
-from fastgpt.quant.observe import HiddenStates, InputStats
+from fastgpt.quant.observe import HiddenStates
 from fastgpt.quant.plan import PlannedTensor, blocks_of
 from fastgpt.quant.ranges import ActivationRanges
+from fastgpt.quant.read_ahead import ReadAhead
 from fastgpt.quant.report import Report, squared_errors
 from fastgpt.quant.rounding import binary_residual, round_tensor
 from fastgpt.quant.search import Choice, choose, is_searched
@@ -71,21 +74,41 @@ def quantize_family(
         CheckpointError: a weight has another shape than its role says, or NaN or infinite values.
         ConfigError: a value does not fit its format.
     """
-    if not sequences or not any(is_searched(item.format) for item in planned):
-        norms, residuals = _binary_norms(checkpoint, planned)
-        pool = pool or GPTMemoryPool(device or "cpu")
-        one = partial(_one, checkpoint, norms, residuals, report, device, pool)
-        for item in planned:
-            stored = finished(item.name)
-            yield item.name, one(item) if stored is None else stored
-        return
-    search = LayerSearch(checkpoint, planned, report, device, sequences, pool, ranges)
+    with ExitStack() as stack:
+        read = checkpoint.read
+        if device is not None and device.type == "cuda":
+            matrices = [item.name for item in planned if _goes_to_device(item)]
+            read = stack.enter_context(ReadAhead(read, matrices)).read
+        if not sequences or not any(is_searched(item.format) for item in planned):
+            norms, residuals = _binary_norms(checkpoint, planned)
+            pool = pool or GPTMemoryPool(device or "cpu")
+            one = partial(_one, read, norms, residuals, report, device, pool)
+            for item in planned:
+                stored = finished(item.name)
+                yield item.name, one(item) if stored is None else stored
+            return
+        search = LayerSearch(
+            checkpoint, planned, report, device, sequences, pool, ranges, read=read
+        )
+        yield from _searched(search, planned, finished)
+
+
+def _goes_to_device(item: PlannedTensor) -> bool:
+    return len(item.shape) > 1 and item.format is not None
+
+
+def _searched(
+    search: LayerSearch, planned: list[PlannedTensor], finished: Callable[[str], Stored | None]
+) -> Iterator[tuple[str, Stored]]:
+    """Yield name and stored form of every tensor of a model whose layers are searched."""
     embedding: dict[str, Stored] = {}
     for items in blocks_of(planned):
         index = layer_index(items[0].name)
         if index is not None and index < search.config.num_layers:
             if index == 0:
-                search.start(lambda n: embedding[n] if n in embedding else checkpoint.read(n))
+                search.start(
+                    lambda n: embedding[n] if n in embedding else search.checkpoint.read(n)
+                )
             yield from search.layer(index, items, finished)
             continue
         for item in items:
@@ -95,13 +118,13 @@ def quantize_family(
                 stored = search.alone(item, search.head_stats(item) if is_head else None)
             if item.name == "model.embed_tokens.weight":
                 embedding[item.name] = stored
-            _release(device)
+            _release(search.device)
             yield item.name, stored
 
 
-def _release(device: torch.device | None) -> None:
+def _release(device: torch.device) -> None:
     """Give back what torch keeps: blocks of the size of an embedding fit nothing in a layer."""
-    if device is not None and device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
@@ -123,8 +146,8 @@ def _binary_norms(
     return norms, residuals
 
 
-def _read(checkpoint: Checkpoint, item: PlannedTensor) -> Stored:
-    source = checkpoint.read(item.name)
+def _read(read: Source, item: PlannedTensor) -> Stored:
+    source = read(item.name)
     if tuple(source.shape) != item.shape:
         raise CheckpointError(
             f"weight {item.name!r} has shape {tuple(source.shape)}; "
@@ -134,7 +157,7 @@ def _read(checkpoint: Checkpoint, item: PlannedTensor) -> Stored:
 
 
 def _one(
-    checkpoint: Checkpoint,
+    read: Source,
     norms: dict[str, QuantizedTensor],
     residuals: dict[str, torch.Tensor],
     report: Report,
@@ -144,7 +167,7 @@ def _one(
     stats: InputStats | None = None,
 ) -> Stored:
     """Return the stored form of one tensor on its own."""
-    source = _read(checkpoint, item)
+    source = _read(read, item)
     fold = residuals.get(item.name)
     if item.name in norms:
         _count(report, item, source, norms[item.name])  # the fold makes up for its error
@@ -156,7 +179,8 @@ def _one(
         return source
     wanted = dense_values(source, item.name)
     if device is not None and device.type != "cpu":
-        wanted = pool.allocate(wanted.shape, None, wanted.dtype).copy_(wanted)
+        place = pool.allocate(wanted.shape, None, wanted.dtype)
+        wanted = place.copy_(wanted, non_blocking=True)
     if fold is not None:
         wanted = wanted.to(torch.float32) * fold.to(wanted.device)
     fmt = item.format or _kept_format(source, item)
@@ -193,6 +217,8 @@ class LayerSearch:
         sequences: Sequence[Sequence[int]],
         pool: GPTMemoryPool | None = None,
         ranges: ActivationRanges | None = None,
+        *,
+        read: Source | None = None,
     ) -> None:
         assert checkpoint.config is not None
         self.device = device or torch.device("cpu")
@@ -201,10 +227,11 @@ class LayerSearch:
         self.kind = family(checkpoint.config)
         self.config = self.kind.parse_config(checkpoint.config)
         self.checkpoint = checkpoint
+        self._read = read or checkpoint.read
         self.norms, self.residuals = _binary_norms(checkpoint, planned)
         self.report = report
         self.sequences = sequences
-        self._one = partial(_one, checkpoint, self.norms, self.residuals, report, device, self.pool)
+        self._one = partial(_one, self._read, self.norms, self.residuals, report, device, self.pool)
 
     def start(self, source: Source) -> None:
         """Look the tokens up in the embedding of `source`, as it is stored."""
@@ -238,7 +265,7 @@ class LayerSearch:
 
     def _quantized(self, index: int, items: list[PlannedTensor]) -> dict[str, Stored]:
         """Return the stored tensors of one layer, on the device."""
-        sources = {item.name: _read(self.checkpoint, item) for item in items}
+        sources = {item.name: _read(self._read, item) for item in items}
         dense: dict[str, torch.Tensor] = {}
         dtypes: dict[str, torch.dtype] = {}
         for item in items:
@@ -278,7 +305,7 @@ class LayerSearch:
         """Return a weight as float32 on the device, in memory that every layer uses anew."""
         place = self.pool.allocate(value.shape, _in_any_layer(name), torch.float32)
         # Half the bytes travel when the type changes over there.
-        return place.copy_(value.to(self.device))
+        return place.copy_(value.to(self.device, non_blocking=True))
 
     def head_stats(self, item: PlannedTensor) -> InputStats:
         """Return what reaches the output matrix."""

@@ -38,15 +38,16 @@ def gptq_codes(
     spread = _upper_factor(gram[order][:, order], damping)
     # Columns are stored as rows, [cols, rows]: every step touches whole ones.
     left = weight.T[order].float()
-    scale, zero = (part.T[order] for part in grid.columns(cols))
+    scale, zero = grid.scale.T.contiguous(), grid.zero.T.contiguous()
+    group = order // grid.group_size
     codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
     for first in range(0, cols, _BLOCK):
         last = min(first + _BLOCK, cols)
         block = slice(first, last)
         _, errors = ops.gptq_round(
             left[block],
-            scale[block],
-            zero[block],
+            scale[group[block]],
+            zero[group[block]],
             spread[block, block],
             2**grid.bits - 1,
             codes=codes[block],
@@ -58,20 +59,24 @@ def gptq_codes(
 
 
 def _upper_factor(gram: Tensor, damping: float) -> Tensor:
-    """Return upper U with inverse(gram + damping) = Uᵀ U; damps more until it exists."""
-    gram = gram.to(torch.float64, copy=True)
-    diagonal = gram.diagonal()
+    """Return upper U with inverse(gram + damping) = Uᵀ U; damps more until it exists.
+
+    With the columns in reverse order, gram = L Lᵀ; in their own order L is an upper R with gram =
+    R Rᵀ, and U is its inverse. So the inverse of gram, and its own factor, are never computed.
+    """
+    reverse = gram.flip(0, 1).to(torch.float64)
+    diagonal = reverse.diagonal()
     mean = diagonal.mean().clamp(min=1e-30)
     added = 0.0
     while True:
         diagonal += (damping - added) * mean
         added = damping
-        lower, info = torch.linalg.cholesky_ex(gram)
+        lower, info = torch.linalg.cholesky_ex(reverse)
         if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            del lower  # the largest things in memory; two of them at a time
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0:
-                factor: Tensor = upper.float().contiguous()
-                return factor
+            break
+        del lower  # the largest things in memory; two of them at a time
         damping = max(10 * damping, 1e-6)
+    del reverse, diagonal
+    inverse = torch.eye(len(lower), dtype=torch.float64, device=gram.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    return inverse.float().flip(0, 1)

@@ -18,14 +18,22 @@ from fastgpt.checkpoint.codes import pack_stream
 from fastgpt.errors import ConfigError
 from fastgpt.scheme import Format, QuantizedTensor
 
-__all__ = ["Grid", "clipped_grid", "encode", "nearest_grid", "pack_codes", "unpack_codes"]
+__all__ = [
+    "Grid",
+    "clipped_grid",
+    "encode",
+    "nearest_grid",
+    "pack_codes",
+    "row_spans",
+    "unpack_codes",
+]
 
 _FP16_TINY = 2.0**-24  # smallest positive fp16, also the smallest scale
 # Shares of a group's range that the search tries; below, more values are cut than the finer steps
 # repay: at 2 bits a third of the range can still be best, at 4 bits nothing under a half is.
 _LEAST_RATIO = {2: 0.3, 3: 0.45, 4: 0.55}
 _NUM_RATIOS = 19
-_MAX_VALUES = 1 << 25  # searched at once; the search holds a few copies of them
+_MAX_VALUES = 1 << 25  # worked on at once; there are a few copies of them
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,10 @@ def clipped_grid(
 
     The result is never worse than `nearest_grid` by that measure: it is one of those tried.
     """
-    at_once = max(1, _MAX_VALUES // max(1, weight.shape[1]))
-    if weight.shape[0] > at_once:
+    if len(spans := row_spans(weight)) > 1:
         parts = [
-            clipped_grid(rows, fmt, importance, num_ratios=num_ratios)
-            for rows in weight.split(at_once)
+            clipped_grid(weight[first:last], fmt, importance, num_ratios=num_ratios)
+            for first, last in spans
         ]
         scale, zero = torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts])
         return Grid(scale, zero, parts[0].bits, parts[0].group_size)
@@ -110,8 +117,19 @@ def clipped_grid(
 
 def encode(weight: Tensor, grid: Grid) -> Tensor:
     """Return the nearest code of every value, uint8 [rows, cols]."""
-    scale, zero = grid.columns(weight.shape[1])
-    return (torch.round(weight / scale) + zero).clamp_(0, 2**grid.bits - 1).to(torch.uint8)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for first, last in row_spans(weight):
+        scale, zero = grid.rows(first, last).columns(weight.shape[1])
+        nearest = (weight[first:last] / scale).round_().add_(zero)
+        codes[first:last] = nearest.clamp_(0, 2**grid.bits - 1)
+    return codes
+
+
+def row_spans(weight: Tensor) -> list[tuple[int, int]]:
+    """Return runs of rows (first, last + 1) of [rows, cols] that are worked on at once."""
+    rows = len(weight)
+    step = max(1, _MAX_VALUES // max(1, weight.shape[1]))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
 def pack_codes(codes: Tensor, grid: Grid, fmt: Format) -> QuantizedTensor:

@@ -6,9 +6,9 @@ import torch
 
 from fastgpt.scheme import QuantizedTensor
 
-__all__ = ["on_host", "part_on_host"]
+__all__ = ["PINNED_BYTES", "on_host", "part_on_host"]
 
-_PINNED_BYTES = 256 << 20  # torch rounds up to powers of two; larger parts would waste half
+PINNED_BYTES = 256 << 20  # torch rounds up to powers of two; larger parts would waste half
 
 
 def on_host(stored: torch.Tensor | QuantizedTensor) -> torch.Tensor | QuantizedTensor:
@@ -25,6 +25,6 @@ def part_on_host(part: torch.Tensor) -> torch.Tensor:
     torch keeps pinned memory and hands it out again: no page of it is touched for the first time,
     which takes longer than the copy.
     """
-    if part.device.type == "cpu" or part.nbytes > _PINNED_BYTES:
+    if part.device.type == "cpu" or part.nbytes > PINNED_BYTES:
         return part.cpu()
     return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.models.spec import ValueHeads
-from fastgpt.quant.observe import InputStats
+from fastgpt.quant.input_stats import InputStats
 from fastgpt.quant.search import Choice, choose_joined, is_searched, quick_error
 from fastgpt.quant.transforms import (
     ALPHAS,

@@ -28,70 +28,15 @@ from fastgpt.memory import GPTMemoryPool
 from fastgpt.models.decoder import load_head
 from fastgpt.models.model import Layer
 from fastgpt.models.spec import Family
-from fastgpt.quant.host import part_on_host
+from fastgpt.quant.host_states import HostStates
+from fastgpt.quant.input_stats import InputStats
 from fastgpt.quant.ranges import ActivationRanges
 
-__all__ = ["HiddenStates", "InputStats"]
+__all__ = ["HiddenStates"]
 
-_CHUNK_TOKENS = 2048  # of one pass through a layer, at least one sequence
+_CHUNK_TOKENS = 4096  # of one pass through a layer, at least one sequence
 _BLOCK_SIZE = 32
 _HELD_OUT = 4  # every fourth sequence is held out: used to choose, never to fit
-
-
-@dataclass
-class InputStats:
-    """Inputs of one weight (or of several that read the same), [tokens, cols].
-
-    Attributes:
-        fit, held_out: sums of x xᵀ over the calibration tokens and over the held-out ones,
-            [cols, cols] float32; or of x², [cols], where the matrix would not fit.
-        num_fit, num_held_out: tokens in each.
-        amax: largest |x|.
-    """
-
-    fit: Tensor
-    held_out: Tensor
-    num_fit: int = 0
-    num_held_out: int = 0
-    amax: float = 0.0
-
-    @staticmethod
-    def empty(cols: int, device: torch.device, *, full: bool) -> InputStats:
-        """Return sums of nothing; `full` keeps whole matrices, else their diagonals."""
-        shape = (cols, cols) if full else (cols,)
-        return InputStats(torch.zeros(shape, device=device), torch.zeros(shape, device=device))
-
-    @property
-    def is_full(self) -> bool:
-        """True where whole Gram matrices were kept."""
-        return self.fit.ndim == 2
-
-    def add(self, x: Tensor, *, held_out: bool) -> None:
-        """Count the rows of x [tokens, cols]."""
-        if x.shape[0] == 0:
-            return
-        x = x.detach()
-        total = self.held_out if held_out else self.fit
-        if not self.is_full:
-            total.add_(x.float().square().sum(0))
-        elif x.device.type == "cuda" and x.dtype != torch.float32:
-            # Tensor cores: products of 16-bit values are exact in float32, in which they add up.
-            total.add_(torch.mm(x.T, x, out_dtype=torch.float32))
-        else:
-            total.addmm_(x.float().T, x.float())
-        self.amax = max(self.amax, float(x.abs().amax()))
-        if held_out:
-            self.num_held_out += x.shape[0]
-        else:
-            self.num_fit += x.shape[0]
-
-    def gram(self) -> Tensor:
-        """Return the mean of x xᵀ (or of x²) over the calibration tokens."""
-        return self.fit / max(1, self.num_fit)
-
-    def held_out_gram(self) -> Tensor:
-        """Return the same over the held-out tokens."""
-        return self.held_out / max(1, self.num_held_out)
 
 
 class _Watched:
@@ -199,19 +144,23 @@ class HiddenStates:
         longest = max(len(ids) for ids in sequences)
         self._cos_sin = cos_sin_table(config.rope, longest).to(device)
         self._chunks = list(_chunks(sequences))
+        self._batches = [_batch(chunk, device) for chunk, _ in self._chunks]
         loader = self._loader(source, WeightLoader)
         shape = (config.vocab_size, config.hidden_size)
         embedding = loader.dense("model.embed_tokens.weight", shape)
-        self._states = [
-            ops.embedding(
-                _flat(chunk).to(device),
-                embedding,
-                out=torch.empty(
-                    (sum(map(len, chunk)), config.hidden_size), dtype=dtype, device=device
-                ),
-            ).cpu()
-            for chunk, _ in self._chunks
-        ]
+        self._states = HostStates(
+            (
+                ops.embedding(
+                    batch.token_ids,
+                    embedding,
+                    out=torch.empty(
+                        (len(batch.token_ids), config.hidden_size), dtype=dtype, device=device
+                    ),
+                )
+                for batch, _ in self._batches
+            ),
+            device,
+        )
 
     def observe_layer(
         self, i: int, source: Source, wanted: Sequence[str], max_gram_cols: int
@@ -219,7 +168,9 @@ class HiddenStates:
         """Return what reaches the weights `wanted` of layer i; the states stay as they are."""
         watch = _Watch(frozenset(wanted), max_gram_cols)
         layer, norm = self._load(i, source, watch)
-        self._run(layer, norm, watch, keep=False)
+        for at, residual in self._states.visit():
+            watch.held_out = self._chunks[at][1]
+            self._move(at, residual, layer, norm)
         return watch.stats
 
     def advance(
@@ -234,16 +185,16 @@ class HiddenStates:
         ranges: records what its linear layers read and write, and the states behind it.
         """
         layer, norm = self._load(i, source, None, ranges)
-        for states in (self, *others):
-            states._run(layer, norm, None, keep=True)
-        if ranges is not None:
-            for moved in self._states:
-                ranges.add([f"model.layers.{i}"], moved)
+        for moved in (self, *others):
+            for at, residual in moved._states.update():
+                self._move(at, residual, layer, norm)
+                if ranges is not None and moved is self:
+                    ranges.add([f"model.layers.{i}"], residual)
 
     def fork(self) -> HiddenStates:
         """Return the same states as an object of their own."""
         other = copy.copy(self)
-        other._states = list(self._states)  # replaced when they move, never written
+        other._states = self._states.fork()
         return other
 
     def observe_head(self, source: Source, name: str, max_gram_cols: int) -> InputStats:
@@ -251,9 +202,9 @@ class HiddenStates:
         watch = _Watch(frozenset([name]), max_gram_cols)
         loader = self._loader(source, WeightLoader)
         norm = loader.norm("model.norm.weight", self.config.hidden_size, self.config.norm_eps)
-        for (_, held_out), states in zip(self._chunks, self._states, strict=True):
-            watch.held_out = held_out
-            watch.show([name], norm(states.to(self.device)))
+        for at, states in self._states.visit():
+            watch.held_out = self._chunks[at][1]
+            watch.show([name], norm(states))
         return watch.stats[name]
 
     @staticmethod
@@ -270,9 +221,8 @@ class HiddenStates:
         tied = config.tie_word_embeddings
         embedding = loader.dense("model.embed_tokens.weight", shape) if tied else torch.empty(0)
         head = load_head(loader, embedding, *shape, tied)
-        for (chunk, _), states in zip(self._chunks, self._states, strict=True):
-            hidden = norm(states.to(self.device))
-            for rows in hidden.split([len(ids) for ids in chunk]):
+        for at, states in self._states.visit():
+            for rows in norm(states).split([len(ids) for ids in self._chunks[at][0]]):
                 out = torch.empty((len(rows), shape[0]), dtype=torch.float32, device=self.device)
                 yield head(rows, out=out)
 
@@ -310,19 +260,13 @@ class HiddenStates:
             _watch_experts(layer.feed_forward, f"{name}.mlp.experts", watch, ranges)
         return layer, norm
 
-    def _run(self, layer: Layer, norm: RmsNorm, watch: _Watch | None, *, keep: bool) -> None:
-        layout = self.kind.kv_layout(self.config)
-        for at, (chunk, held_out) in enumerate(self._chunks):
-            if watch is not None:
-                watch.held_out = held_out
-            batch, num_blocks = _batch(chunk, self.device)
-            shape = (num_blocks, *layout.block_shape(_BLOCK_SIZE)[1:])
-            cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-            residual = self._states[at].to(self.device, copy=True)
-            x = layer.post_norm.add(layer.attention(norm(residual), batch, cache), residual)
-            residual += layer.feed_forward(x)
-            if keep:
-                self._states[at] = part_on_host(residual)
+    def _move(self, at: int, residual: Tensor, layer: Layer, norm: RmsNorm) -> None:
+        """Run a layer on the states of one chunk, which become those behind it."""
+        batch, num_blocks = self._batches[at]
+        shape = (num_blocks, *self.kind.kv_layout(self.config).block_shape(_BLOCK_SIZE)[1:])
+        cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        x = layer.post_norm.add(layer.attention(norm(residual), batch, cache), residual)
+        residual += layer.feed_forward(x)
 
 
 def _watch_experts(

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from fastgpt.checkpoint.container import Metadata
-from fastgpt.checkpoint.writer import ContainerWriter, WrittenBlock
+from fastgpt.checkpoint.writer import Commit, ContainerWriter
 from fastgpt.errors import CheckpointError
 from fastgpt.quant.digest import DigestingCheckpoint
 from fastgpt.quant.journal import Journal, JournalBlock
@@ -34,6 +34,7 @@ Stored = torch.Tensor | QuantizedTensor
 _HEADER_BYTES_PER_TENSOR = 2000  # parts with names, shapes, offsets, sums; format; the report
 _HEADER_BYTES_PER_TOKEN = 8  # of the evaluation
 _HEADER_BYTES_PER_OPTION = 200  # of a budget's unit
+_MAX_BEHIND = 3  # blocks that are made and not in the journal; a run that is killed loses them
 _COPIED_BYTES = 64 << 20  # smaller files are copied behind their header and have no spare room
 
 
@@ -114,48 +115,46 @@ def write_blocks(
     report: Report,
     progress: Progress,
 ) -> None:
-    """Write what the journal lacks; it learns of a block when the next one is made.
+    """Write what the journal lacks; it learns of a block when it is on the disk.
 
-    So hashing a block, and putting it on the disk, takes no time of its own.
+    That is looked for when the next ones are made, so hashing and writing take no time of their
+    own, but for the last block and where a few are behind.
     """
     num_done = len(journal.blocks)
     # The head is large and comes last: hashing it then would be waited for.
     source.start(i.name for i in planned if layer_index(i.name) is None)
     blocks = iter(range(len(blocks_of(planned))))
-    last: Callable[[], None] | None = None
+    behind: deque[tuple[Commit, list[str]]] = deque()
 
     def add(name: str, stored: Stored) -> None:
         if name not in writer:
             writer.add(name, stored)
 
-    def settle() -> None:
-        nonlocal last
-        if last is not None:
-            last()
-        last = None
+    def settle(at_most: int = 0) -> None:
+        while len(behind) > at_most or (behind and behind[0][0].is_written()):
+            commit, names = behind.popleft()
+            _note(journal, commit, report, source, names)
 
     def commit(items: list[PlannedTensor]) -> None:
-        nonlocal last
         names = [item.name for item in items]
         is_done = next(blocks) < num_done
         progress.advance(items, report.tensors, is_resumed=is_done)
         if is_done:
             source.digests(names)  # the source is what it was
             return
-        written = writer.commit()
-        settle()
-        last = partial(_note, journal, written, report, source, names)
+        behind.append((writer.commit(), names))
+        settle(_MAX_BEHIND)
 
     run_blocks(tensors, planned, add, commit, settle)
 
 
 def _note(
     journal: Journal,
-    written: Callable[[], WrittenBlock],
+    commit: Commit,
     report: Report,
     source: DigestingCheckpoint,
     names: list[str],
 ) -> None:
     """Put a block into the journal when it is on the disk."""
-    block = JournalBlock(written(), report.entries(names), source.digests(names))
+    block = JournalBlock(commit.wait(), report.entries(names), source.digests(names))
     journal.add_block(block)

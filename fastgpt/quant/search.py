@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fastgpt.errors import ConfigError
 from fastgpt.quant.gptq import gptq_codes
-from fastgpt.quant.grid import Grid, clipped_grid, encode, pack_codes
-from fastgpt.quant.observe import InputStats
+from fastgpt.quant.grid import Grid, clipped_grid, encode, pack_codes, row_spans, unpack_codes
+from fastgpt.quant.input_stats import InputStats
 from fastgpt.quant.rounding import round_tensor
 from fastgpt.scheme import Format, QuantizedTensor
 
@@ -87,13 +87,13 @@ def choose_joined(
     for name, rows, size in zip(names, dense, sizes, strict=True):
         nearest = round_tensor(rows.to(weights[name].dtype), fmt, name)
         assert isinstance(nearest, QuantizedTensor)
-        error = float(_energies(nearest.dequantize() - rows, judge).sum()) / size
+        error = float(_errors(*unpack_codes(nearest), rows, judge).sum()) / size
         found.append(Choice(nearest, "rtn", error, error, seen is not None))
     joined = torch.cat(dense) if len(dense) > 1 else dense[0]
     ends = [0, *itertools.accumulate(len(rows) for rows in dense)]
     try:
         for algorithm, codes, grid in _candidates(joined, fmt, seen):
-            energies = _energies(grid.values(codes) - joined, judge)
+            energies = _errors(codes, grid, joined, judge)
             for at, (first, last) in enumerate(itertools.pairwise(ends)):
                 error = float(energies[first:last].sum()) / sizes[at]
                 before = found[at]
@@ -162,11 +162,22 @@ def _relative_error(error: Tensor, exact: Tensor, gram: Tensor | None) -> float:
     return float(_energies(error, gram).sum()) / max(float(_energies(exact, gram).sum()), 1e-30)
 
 
+def _errors(codes: Tensor, grid: Grid, rows: Tensor, gram: Tensor | None) -> Tensor:
+    """Return the energy of what codes on a grid lose of every row; see `_energies`."""
+    parts = [
+        _energies(grid.rows(first, last).values(codes[first:last]).sub_(rows[first:last]), gram)
+        for first, last in row_spans(rows)
+    ]
+    return torch.cat(parts)
+
+
 def _energies(rows: Tensor, gram: Tensor | None) -> Tensor:
     """Return row @ gram @ rowᵀ of every row, float64; gram: a matrix, a diagonal, None for one."""
+    if len(spans := row_spans(rows)) > 1:
+        return torch.cat([_energies(rows[first:last], gram) for first, last in spans])
     if gram is None:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
         return norms.square()
     if gram.ndim == 1:
         return (rows.square() @ gram).double()
-    return ((rows @ gram) * rows).sum(-1, dtype=torch.float64).clamp(min=0)
+    return (rows @ gram).mul_(rows).sum(-1, dtype=torch.float64).clamp(min=0)

@@ -29,8 +29,9 @@ from fastgpt.layers.weights import Source
 from fastgpt.models.registry import family
 from fastgpt.quant.allocate import Additivity, Option, Unit
 from fastgpt.quant.family import LayerSearch, dense_values
+from fastgpt.quant.input_stats import InputStats
 from fastgpt.quant.layerwise import LayerWeights, layer_index
-from fastgpt.quant.observe import HiddenStates, InputStats
+from fastgpt.quant.observe import HiddenStates
 from fastgpt.quant.plan import PlannedTensor
 from fastgpt.quant.report import Report
 from fastgpt.quant.rounding import round_tensor

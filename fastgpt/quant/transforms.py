@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.models.spec import ValueHeads
-from fastgpt.quant.observe import InputStats
+from fastgpt.quant.input_stats import InputStats
 
 __all__ = ["ALPHAS", "column_scale", "hadamard", "reading_heads", "rotated", "scaled", "value_rows"]
 
@@ -45,7 +45,7 @@ def scaled(stats: InputStats, scale: Tensor) -> InputStats:
         fit, held_out = stats.fit * both, stats.held_out * both
     else:
         fit, held_out = stats.fit * factor.square(), stats.held_out * factor.square()
-    return InputStats(fit, held_out, stats.num_fit, stats.num_held_out, stats.amax)
+    return InputStats(fit, held_out, stats.num_fit, stats.num_held_out)
 
 
 def rotated(stats: InputStats, rotation: Tensor) -> InputStats:
@@ -58,9 +58,7 @@ def rotated(stats: InputStats, rotation: Tensor) -> InputStats:
         return both.T.contiguous()
 
     assert stats.is_full
-    return InputStats(
-        rotate(stats.fit), rotate(stats.held_out), stats.num_fit, stats.num_held_out, stats.amax
-    )
+    return InputStats(rotate(stats.fit), rotate(stats.held_out), stats.num_fit, stats.num_held_out)
 
 
 def hadamard(size: int, device: torch.device | None = None) -> Tensor | None:

@@ -1,5 +1,6 @@
 """The container: round trip, alignment, and one clear error for every kind of damage."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -13,9 +14,9 @@ import safetensors.torch
 import torch
 import xxhash
 
-from fastgpt.checkpoint import container
+from fastgpt.checkpoint import container, writer
 from fastgpt.checkpoint.container import Container, Metadata
-from fastgpt.checkpoint.writer import write_container
+from fastgpt.checkpoint.writer import ContainerWriter, write_container
 from fastgpt.errors import CheckpointError
 from fastgpt.quant.rounding import round_tensor
 from fastgpt.scheme import Format, QuantizedTensor
@@ -346,3 +347,33 @@ def test_metadata_fields_are_the_documented_ones():
         "fp16_overflows",
     ]
     assert container.FORMAT_VERSION == 1
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 15, 16, 17, 50])
+def test_part_sums_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch, num_bytes: int):
+    monkeypatch.setattr(container, "_PIECE_BYTES", 16)
+    part = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8)
+    raw = part.numpy().tobytes()
+    wanted = xxhash.xxh3_64_hexdigest(raw), hashlib.sha256(raw).hexdigest()
+    assert container.part_sums(part) == wanted
+    assert (container.part_xxh3(part), container.part_sha256(part)) == wanted
+
+
+def test_writer_blocks_can_be_read_before_they_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Large parts are written by several threads; a block is there when it is read."""
+    monkeypatch.setattr(writer, "_MAX_WRITE_BYTES", 1000)
+    tensors = {f"t{i}": torch.randn(i + 1, 997) for i in range(5)}
+    target = ContainerWriter(tmp_path / "m.pt")
+    blocks = []
+    for name, tensor in tensors.items():
+        target.add(name, tensor)
+        blocks.append(target.commit())
+    for name, tensor in tensors.items():
+        assert torch.equal(target.read(name), tensor)
+    assert all(block.is_written() for block in blocks)
+    assert [list(block.wait().records) for block in blocks] == [[name] for name in tensors]
+    target.finish(Metadata(policy={}))
+    with_header = Container(tmp_path / "m.pt")
+    assert all(torch.equal(with_header.read(name), tensor) for name, tensor in tensors.items())

@@ -6,7 +6,7 @@ import torch
 
 from fastgpt import ops
 from fastgpt.errors import ConfigError, InvalidArgument
-from fastgpt.quant.gptq import gptq_codes
+from fastgpt.quant.gptq import _upper_factor, gptq_codes
 from fastgpt.quant.grid import clipped_grid, encode, nearest_grid, pack_codes, unpack_codes
 from fastgpt.quant.rounding import round_tensor
 from fastgpt.quant.transforms import hadamard
@@ -251,3 +251,18 @@ def test_narrow_weights_of_another_width_are_refused():
             in_features=64,
             group_size=32,
         )
+
+
+@pytest.mark.parametrize("cols", [1, 2, 37])
+def test_gptq_factor_is_that_of_the_inverse(cols: int):
+    """Uᵀ U is the inverse of the damped Gram matrix, U upper with a positive diagonal."""
+    x = torch.randn(3 * cols, cols, dtype=torch.float64)
+    gram = (x.T @ x / len(x)).float()
+    factor = _upper_factor(gram, 0.01).double()
+    damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(cols).double()
+    wanted = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    # float32's half step of what is at most `wanted`'s largest value.
+    torch.testing.assert_close(
+        factor, wanted, rtol=0, atol=2.0**-24 * 2 * float(wanted.abs().amax())
+    )
+    assert factor.tril(-1).abs().sum() == 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastgpt.models.spec import ValueHeads
+from fastgpt.quant.input_stats import InputStats
 from fastgpt.quant.layerwise import _rows_divided, _rows_rotated
-from fastgpt.quant.observe import InputStats
 from fastgpt.quant.rounding import binary_residual, round_tensor
 from fastgpt.quant.transforms import (
     column_scale,
