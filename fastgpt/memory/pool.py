@@ -1,14 +1,12 @@
-"""The memory pool: one owner for weights, KV cache and workspaces, under one budget."""
+"""The pool as Python sees it: tensors in, tensors out, and what moves between device and host."""
 
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,9 +15,11 @@ from torch.utils.dlpack import from_dlpack
 
 from fastgpt import _C
 from fastgpt.errors import InvalidArgument
+from fastgpt.memory.plug import pluggable_allocator
+from fastgpt.memory.report import PoolEntry, PoolStats, torch_snapshot
 from fastgpt.units import resolve_bytes
 
-__all__ = ["GPTMemoryPool", "PoolEntry", "PoolStats", "device_memory"]
+__all__ = ["GPTMemoryPool", "device_memory"]
 
 _CONTENTS = {"undefined": 0, "zero": 1, "keep": 2}
 _HANDLE_BYTES = 64 << 20
@@ -45,83 +45,6 @@ def _forget_after_fork() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolStats:
-    """Byte counts of a pool, exact at every moment.
-
-    reserved = requested + rounding + pending + returnable + scattered + lane + evicted.
-
-    Attributes:
-        budget_bytes: reserved never exceeds it.
-        reserved_bytes: physical memory held.
-        allocated_bytes: handed out, requested + rounding.
-        requested_bytes: handed out, as asked for.
-        rounding_bytes: handed out beyond what was asked for.
-        pending_bytes: free, a stream may still be using it.
-        returnable_bytes: free, in handles that hold nothing else.
-        scattered_bytes: free, in handles that are partly used.
-        lane_bytes: free, kept aside for one thread and stream.
-        evicted_bytes: under evicted entries, in handles that are partly used.
-        ahead_bytes: of the free bytes, those never handed out yet.
-        largest_free_bytes: the largest request served without growing.
-        peak_requested_bytes, peak_allocated_bytes, peak_reserved_bytes: since reset_peaks.
-        peak_touched_bytes: peak of reserved - ahead.
-        num_slabs: handles of physical memory, or fixed slabs.
-        num_blocks: live blocks; num_allocations: ever.
-        num_upstream_calls: driver calls for memory.
-        num_stream_waits, num_event_records: for reuse on another stream.
-        host_bytes: host memory that holds evicted and frozen entries.
-        num_evictions, num_clean_evictions: ever; clean ones copied nothing.
-        num_restores: ever.
-        fragmentation: 1 - peak requested / peak reserved.
-        fragmentation_now: (rounding + scattered) / reserved.
-    """
-
-    budget_bytes: int
-    reserved_bytes: int
-    allocated_bytes: int
-    requested_bytes: int
-    rounding_bytes: int
-    pending_bytes: int
-    returnable_bytes: int
-    scattered_bytes: int
-    lane_bytes: int
-    evicted_bytes: int
-    ahead_bytes: int
-    largest_free_bytes: int
-    peak_requested_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    peak_touched_bytes: int
-    num_slabs: int
-    num_blocks: int
-    num_allocations: int
-    num_upstream_calls: int
-    num_stream_waits: int
-    num_event_records: int
-    host_bytes: int
-    num_evictions: int
-    num_clean_evictions: int
-    num_restores: int
-    fragmentation: float
-    fragmentation_now: float
-
-    @property
-    def free_bytes(self) -> int:
-        """Reserved and not handed out."""
-        return self.reserved_bytes - self.allocated_bytes
-
-
-@dataclass(frozen=True)
-class PoolEntry:
-    """One named buffer: its size, how many tensors hold it, and whether it is in host memory."""
-
-    name: str
-    num_bytes: int
-    num_leases: int
-    is_evicted: bool
 
 
 def device_memory(device: torch.device | str) -> tuple[int, int]:
@@ -153,20 +76,6 @@ def _swap_handle_bytes(budget_bytes: int, smallest: int) -> int:
     16
     """
     return min(256 << 20, max(smallest, 1 << max(0, (budget_bytes >> 6) - 1).bit_length()))
-
-
-# Functions that torch's caching allocator calls may be called until the process ends.
-_ALLOCATORS: "dict[int, torch.cuda.memory.CUDAPluggableAllocator]" = {}
-
-
-def _c_allocator(slot: int) -> "torch.cuda.memory.CUDAPluggableAllocator":
-    """Return torch's wrapper of our C functions of a slot."""
-    if slot not in _ALLOCATORS:
-        library = Path(_C.__file__).with_name("libfastgpt.so")
-        _ALLOCATORS[slot] = torch.cuda.memory.CUDAPluggableAllocator(
-            str(library), f"fastgpt_allocate_{slot}", f"fastgpt_free_{slot}"
-        )
-    return _ALLOCATORS[slot]
 
 
 # What was allocated last under a name: shape, dtype, stream, and what makes a new tensor of its
@@ -460,7 +369,7 @@ class GPTMemoryPool:
         mempool = self._mempool() if self._mempool is not None else None
         if mempool is None:
             slot = self._pool.open_c_allocator()
-            mempool = torch.cuda.MemPool(_c_allocator(slot).allocator())
+            mempool = torch.cuda.MemPool(pluggable_allocator(slot).allocator())
             weakref.finalize(mempool, _C.close_c_allocator, slot).atexit = False
             self._mempool = weakref.ref(mempool)
         return mempool
@@ -470,41 +379,7 @@ class GPTMemoryPool:
 
         Pickled to a file, it opens in PyTorch's memory visualiser (pytorch.org/memory_viz).
         """
-        states = {"live": "active_allocated", "pending": "active_pending_free"}
-        index = self.device.index or 0
-        segments = []
-        for address, num_bytes, blocks in self._pool.snapshot():
-            live = [block for block in blocks if block[3] == "live"]
-            segments.append(
-                {
-                    "device": index,
-                    "address": address,
-                    "total_size": num_bytes,
-                    "allocated_size": sum(block[1] for block in live),
-                    "active_size": sum(b[1] for b in blocks if b[3] in states),
-                    "requested_size": sum(block[2] for block in live),
-                    "stream": 0,
-                    "segment_type": "large",
-                    "segment_pool_id": (0, 0),
-                    "is_expandable": True,
-                    "frames": [],
-                    "blocks": [
-                        {
-                            "address": block_address,
-                            "size": size,
-                            "requested_size": requested,
-                            "state": states.get(state, "inactive"),
-                            "frames": [],
-                        }
-                        for block_address, size, requested, state in blocks
-                    ],
-                }
-            )
-        return {
-            "segments": segments,
-            "device_traces": [[] for _ in range(index + 1)],
-            "allocator_settings": {},
-        }
+        return torch_snapshot(self._pool.snapshot(), self.device.index or 0)
 
     @contextmanager
     def trace(self, path: str | os.PathLike[str]) -> Iterator[None]:
