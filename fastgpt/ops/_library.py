@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import torch
 
 from fastgpt import _C, env
 from fastgpt.errors import DeviceError, FastGPTError, InvalidArgument, OutOfMemory
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LIBRARY = Path(__file__).resolve().parents[1] / "_ops.so"
 _ERRORS: dict[str, type[FastGPTError]] = {
@@ -52,6 +55,16 @@ def call(op: Callable[..., Any], *args: Any) -> None:
         op(*args)
     except RuntimeError as error:
         translate(error)
+
+
+def assume_constant_result(function: Callable[P, R]) -> Callable[P, R]:
+    """Let torch.compile call a function while it traces and take the result as a constant.
+
+    It is torch.compiler.assume_constant_result, which imports the whole compiler to set this mark:
+    2 to 4 s of every program's start. The compile tests of tests/python/ops would see another mark.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 load_library()

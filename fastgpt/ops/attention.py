@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import _C
-from fastgpt.ops._library import call
+from fastgpt.ops._library import assume_constant_result, call
 from fastgpt.ops.scratch import empty
 
 __all__ = ["attention", "attention_workspace_bytes", "mla_attention"]
@@ -12,7 +12,7 @@ __all__ = ["attention", "attention_workspace_bytes", "mla_attention"]
 _ops = torch.ops.fastgpt
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def attention_workspace_bytes(
     num_tokens: int, num_heads: int, head_dim_v: int, max_seq_len: int, device: torch.device | str
 ) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgpt import _C
 from fastgpt.errors import InvalidArgument, UnsupportedFormat
-from fastgpt.ops._library import call
+from fastgpt.ops._library import assume_constant_result, call
 from fastgpt.ops.scratch import empty
 
 __all__ = ["ArrangedWeight", "arrange", "batched_linear", "grouped_linear", "linear"]
@@ -60,7 +60,7 @@ class ArrangedWeight:
         return sum(part.nbytes for part in parts if part is not None)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _arranged_shape(
     device_type: str, kind: str, out_features: int, in_features: int, group_size: int
 ) -> tuple[list[int], list[int], list[int]]:
