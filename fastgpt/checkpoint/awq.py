@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from fastgpt.checkpoint.codes import Stored, from_codes, held_as, read_stream
-from fastgpt.checkpoint.foreign import ForeignWeight, Settings, StoredTensors, by_module
+from fastgpt.checkpoint.foreign import FLOATS, ForeignWeight, Settings, StoredTensors, by_module
 
 __all__ = ["find_weights"]
 
 BITS = 4
 ROW_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
 NEUTRAL = (
     "quant_method", "backend", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config",
     "modules_to_not_convert",
@@ -78,9 +77,7 @@ def _parse(quantization: dict[str, Any], path: Path) -> Layout:
     settings = Settings(quantization, f"{path / 'config.json'}: quantization_config")
     settings.ignore(*NEUTRAL)
     settings.one_of("bits", (BITS,), settings.one_of("w_bit", (BITS,), BITS))
-    group_size = settings.get("group_size", int, settings.get("q_group_size", int, 128))
-    if group_size < 1 and group_size != -1:
-        settings.fail(f"has group_size {group_size}; expected -1 or 1 and more")
+    group_size = settings.group_size("group_size", settings.group_size("q_group_size", 128))
     # GEMV_FAST and llm-awq interleave rows as their kernels want them; Marlin files likewise.
     version = settings.get("version", str, settings.get("format", str, "gemm")).lower()
     if version not in ("gemm", "gemv"):
@@ -89,7 +86,7 @@ def _parse(quantization: dict[str, Any], path: Path) -> Layout:
     settings.refuse("desc_act")
     settings.ignore("sym")
     settings.done()
-    return Layout(group_size if group_size > 0 else None, version == "gemv", has_zero_point)
+    return Layout(group_size, version == "gemv", has_zero_point)
 
 
 def _check(layout: Layout, module: str, present: set[str], tensors: StoredTensors) -> None:
@@ -98,7 +95,7 @@ def _check(layout: Layout, module: str, present: set[str], tensors: StoredTensor
     rows, cols = (first, second * 8) if layout.is_gemv else (second * 8, first)
     groups = -(-cols // layout.group_size) if layout.group_size else 1
     why = f"{name} of shape {(first, second)} in {layout.kind}"
-    scales = tensors.require(f"{module}.scales", name, SCALES).shape
+    scales = tensors.require(f"{module}.scales", name, FLOATS).shape
     if layout.has_zero_point or "qzeros" in present:
         tensors.require(f"{module}.qzeros", name, (torch.int32,))
     if not layout.is_gemv:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastgpt.checkpoint.codes import Stored, from_codes, from_fp8, held_as, read_padded, read_stream
 from fastgpt.checkpoint.foreign import (
+    FLOATS,
     ForeignWeight,
     Settings,
     StoredTensors,
@@ -38,7 +39,6 @@ _logger = get_logger(__name__)
 
 PACKED = "pack-quantized"
 PLAIN = ("naive-quantized", "int-quantized", "float-quantized")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Ranges of activations and of the cache: our activations stay 16-bit, so they are not needed.
 ACTIVATION_PARTS = {
     "input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point",

@@ -22,6 +22,7 @@ from fastgpt.scheme import Format, QuantizedTensor, suggest
 from fastgpt.units import format_bytes
 
 __all__ = [
+    "FLOATS",
     "ForeignWeight",
     "Imported",
     "Settings",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 _logger = get_logger(__name__)
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)  # of scales
 
 T = TypeVar("T")
 
@@ -165,6 +168,13 @@ class Settings:
         if value not in choices or type(value) is not type(choices[choices.index(value)]):
             self.unsupported(key, value, choices)
         return value
+
+    def group_size(self, key: str, default: int | None) -> int | None:
+        """Return how many columns share a scale; None, written as -1: all of a row."""
+        value = self.get(key, int, default or -1)
+        if value < 1 and value != -1:
+            self.fail(f"has {key} {value}; expected -1 or 1 and more")
+        return value if value > 0 else None
 
     def ignore(self, *keys: str) -> None:
         """Accept keys that do not change what the stored numbers mean."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastgpt.checkpoint.codes import Stored, from_codes, held_as, read_stream
 from fastgpt.checkpoint.foreign import (
+    FLOATS,
     ForeignWeight,
     Settings,
     StoredTensors,
@@ -38,7 +39,6 @@ __all__ = ["find_weights"]
 # Of `dynamic`: whether the modules it names are quantized, their pattern, what differs for them.
 Override = tuple[bool, re.Pattern[str], Settings]
 
-SCALES = (torch.float16, torch.bfloat16, torch.float32)
 # How the codes were searched, and how other engines run them; none changes what is stored.
 NEUTRAL = (
     "quant_method", "model_name_or_path", "model_file_base_name", "damp_percent",
@@ -130,13 +130,10 @@ def _parse(
 
 def _options(settings: Settings, base: Layout) -> Layout:
     bits = settings.one_of("bits", (2, 3, 4, 8), base.bits)
-    group_size = settings.get("group_size", int, base.group_size or -1)
-    if group_size < 1 and group_size != -1:
-        settings.fail(f"has group_size {group_size}; expected -1 or 1 and more")
     return replace(
         base,
         bits=bits,
-        group_size=group_size if group_size > 0 else None,
+        group_size=settings.group_size("group_size", base.group_size),
         symmetric=settings.get("sym", bool, base.symmetric),
         desc_act=settings.get("desc_act", bool, base.desc_act),
     )
@@ -159,7 +156,7 @@ def _check(layout: Layout, module: str, present: set[str], tensors: StoredTensor
     cols = words * 32 // layout.bits
     groups = -(-cols // layout.group_size) if layout.group_size else 1
     why = f"{name} of shape {(words, rows)} with {layout.bits} bits in {layout.kind}"
-    tensors.require(f"{module}.scales", name, SCALES)
+    tensors.require(f"{module}.scales", name, FLOATS)
     tensors.check_shape(f"{module}.scales", (groups, rows), why)
     tensors.require(f"{module}.qzeros", name, (torch.int32,))
     tensors.check_shape(f"{module}.qzeros", (groups, -(-rows * layout.bits // 32)), why)
