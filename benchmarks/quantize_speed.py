@@ -4,15 +4,15 @@
     python benchmarks/quantize_speed.py --shape r1-llama-70b --method gptq --memory
 
 The checkpoint is made on the device and lies in memory (--folder), so files are read from the page
-cache and written to it. Time is measured with a few layers, --layers and one; what all layers take
-follows from the difference and is marked as scaled. Methods:
+cache and written to it. Time is measured with --layers of the layers and with one; what all of them
+take follows from the difference and is marked as scaled, but where --layers is all. Methods:
 
     fp8    fp8 for every layer's matrices, no data
     int4   int4 with searched scales, no data
     clip   the same by the error of outputs on --num-sequences x --length given tokens
     gptq   int4 with GPTQ, on as many tokens (random ones: time does not depend on what they say)
 
---memory measures the peak of device memory with 4 and with 8 layers instead. Random weights say
+--memory measures the peak of device memory, by 4 and 8 layers, instead. Random weights say
 nothing of quality, so no error is printed.
 """
 
@@ -36,6 +36,7 @@ from fastgpt.checkpoint.writer import ContainerWriter
 from fastgpt.quant import Calibration, Quantizer, family, gptq, layerwise, run, search
 from fastgpt.quant.input_stats import InputStats
 from fastgpt.quant.observe import HiddenStates
+from fastgpt.quant.ranges import ActivationRanges
 
 _CLIP = {"format": "int4", "algorithm": "clip"}
 METHODS: dict[str, Any] = {
@@ -113,18 +114,22 @@ def quantize(args: argparse.Namespace, folder: Path, num_sequences: int) -> floa
 STAGES = {
     "read the source": (family, "_read"),
     "observe": (HiddenStates, "observe_layer"),
-    ". Gram matrices": (InputStats, "add"),
+    ". its weights": (HiddenStates, "_load"),
+    ". layers, Gram matrices with": (HiddenStates, "_move"),
+    ".. Gram matrices": (InputStats, "add"),
     "search": (family, "quantize_layer"),
     ". scale of a norm": (layerwise, "_best_scale"),
     ". clipped grids": (search, "clipped_grid"),
     ". nearest codes": (search, "encode"),
     ". GPTQ": (search, "gptq_codes"),
     ".. its factor": (gptq, "_upper_factor"),
+    ". packing": (search, "pack_codes"),
     ". errors of outputs": (search, "_energies"),
     "round": (family, "round_tensor"),
     "choose": (family, "choose"),
     "errors": (family, "squared_errors"),
     "advance": (HiddenStates, "advance"),
+    ". ranges": (ActivationRanges, "add"),
     "take to the host": (family, "on_host"),
     "hand to the writer": (ContainerWriter, "add"),
     "wait for hashes and disk": (run, "_note"),
@@ -167,35 +172,36 @@ def profiled(is_wanted: bool) -> Iterator[None]:
 def measure_time(args: argparse.Namespace) -> dict[str, Any]:
     """Return seconds of one layer and of --layers, and what all would take."""
     seconds = {}
-    for num_layers in (1, args.layers):
-        with checkpoint(args, num_layers) as folder:
-            if num_layers == 1:
-                quantize(args, folder, _WARM_UP)  # kernels and libraries are loaded
-            with profiled(args.profile and num_layers == args.layers):
-                seconds[num_layers] = quantize(args, folder, args.num_sequences)
-        print(f"{num_layers} layers: measured {seconds[num_layers]:.2f} s", flush=True)
-    each = (seconds[args.layers] - seconds[1]) / (args.layers - 1)
     all_layers = SHAPES[args.shape]["num_hidden_layers"]
-    scaled = seconds[1] + each * (all_layers - 1)
+    with checkpoint(args, 1) as folder:
+        quantize(args, folder, _WARM_UP)  # kernels and libraries are loaded
     is_measured = all_layers == args.layers
+    for num_layers in (args.layers,) if args.profile or is_measured else (1, args.layers):
+        with checkpoint(args, num_layers) as folder, profiled(args.profile):
+            seconds[num_layers] = quantize(args, folder, args.num_sequences)
+        print(f"{num_layers} layers: measured {seconds[num_layers]:.2f} s", flush=True)
+    if len(seconds) == 1:
+        return {"measured_s": seconds, "is_scaled": False}
+    each = (seconds[args.layers] - seconds[1]) / (args.layers - 1)
+    scaled = seconds[1] + each * (all_layers - 1)
     print(
         f"{args.shape} {args.method}: {each:.3f} s a layer, {seconds[1] - each:.2f} s besides; "
-        f"all {all_layers} layers {scaled:.1f} s ({'measured' if is_measured else 'scaled'})"
+        f"all {all_layers} layers {scaled:.1f} s (scaled)"
     )
     return {
         "layer_s": each,
         "besides_s": seconds[1] - each,
         "model_s": scaled,
-        "is_scaled": not is_measured,
+        "is_scaled": True,
         "measured_s": seconds,
         "target_s": TARGET_S.get(args.method) if args.shape == "r1-llama-8b" else None,
     }
 
 
 def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the peak of device memory with 4 and with 8 layers."""
-    peaks = {}
-    for num_layers in (4, 8):
+    """Return the peak of device memory with each number of layers."""
+    peaks: dict[int, int] = {}
+    for num_layers in args.memory:
         with checkpoint(args, num_layers) as folder, PeakMemory() as memory:
             torch.cuda.reset_peak_memory_stats()
             seconds = quantize(args, folder, args.num_sequences)
@@ -206,7 +212,9 @@ def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
             f"CUDA context included ({by_torch:.3f} GB of it torch's tensors), {seconds:.1f} s",
             flush=True,
         )
-    print(f"8 layers take {100 * (peaks[8] / peaks[4] - 1):+.2f} % of 4 layers' peak")
+    for num_layers in args.memory[1:]:
+        more = 100 * (peaks[num_layers] / peaks[args.memory[0]] - 1)
+        print(f"{num_layers} layers' peak: {more:+.2f} % of that of {args.memory[0]}")
     return {"peak_bytes": peaks}
 
 
@@ -214,21 +222,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="r1-llama-8b")
     parser.add_argument("--method", choices=METHODS, default="fp8")
-    parser.add_argument("--layers", type=int, default=4, help="two or more")
+    parser.add_argument("--layers", type=int, default=4, help="all of them: measured, not scaled")
     parser.add_argument("--num-sequences", type=int, default=256)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--num-evaluation", type=int, default=0, help="of them, to measure with")
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--memory", type=int, nargs="*", help="with these layers; 4 and 8")
+    parser.add_argument("--profile", action="store_true", help="of --layers alone")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", default="/dev/shm")
     args = parser.parse_args()
-    if args.layers < 2:
+    if args.memory == []:
+        args.memory = [4, 8]
+    if args.layers < 2 and not args.profile:
         parser.error("--layers is the second of two points: give 2 or more")
     on_gpu = torch.device(args.device).type == "cuda"
     machine = torch.cuda.get_device_name() if on_gpu else "cpu"
     print(f"{machine}, torch {torch.__version__}: {' '.join(sys.argv)}")
-    result = measure_memory(args) if args.memory else measure_time(args)
+    result = measure_memory(args) if args.memory is not None else measure_time(args)
     print(json.dumps({"machine": machine, **vars(args), **result}))
 
 

@@ -47,6 +47,8 @@ def _llama3(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
     }
 
 
+_NUM_WRITERS = 6  # of shards; each holds one on the device
+
 # config.json fields of the published checkpoints.
 SHAPES: dict[str, dict[str, Any]] = {
     "r1-llama-8b": _llama3(4096, 14336, 32, 32),
@@ -163,7 +165,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], device: torch.device)
     """Write a Hugging Face directory of random bf16 weights, a shard per layer; return its bytes.
 
     Weights are Gaussian with a standard deviation of cols^-0.5, gains are near 1. Values are drawn
-    on `device` and written by a few threads.
+    on `device`, and taken from there and written by a few threads, a shard each.
     """
     folder.mkdir(parents=True, exist_ok=True)
     family = registry.family(config)
@@ -174,7 +176,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], device: torch.device)
         shards.setdefault(f"model-{place}.safetensors", {})[spec.name] = spec
     generator = torch.Generator(device).manual_seed(0)
     weight_map, num_bytes = {}, 0
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(_NUM_WRITERS) as threads:
         writing = []
         for shard, specs in shards.items():
             entries, at = {}, 0
@@ -195,9 +197,11 @@ def write_checkpoint(folder: Path, config: dict[str, Any], device: torch.device)
                     spec.shape, dtype=torch.bfloat16, device=device, generator=generator
                 )
                 scale = 0.05 if len(spec.shape) == 1 else spec.shape[-1] ** -0.5
-                values.append(drawn.mul_(scale).add_(1.0 if len(spec.shape) == 1 else 0.0).cpu())
+                values.append(drawn.mul_(scale).add_(1.0 if len(spec.shape) == 1 else 0.0))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # another thread's stream does not wait
             writing.append(threads.submit(_write_shard, folder / shard, head, values))
-            if len(writing) > 4:
+            if len(writing) > _NUM_WRITERS:
                 writing.pop(0).result()
             num_bytes += at
         for future in writing:
@@ -211,5 +215,5 @@ def write_checkpoint(folder: Path, config: dict[str, Any], device: torch.device)
 def _write_shard(path: Path, head: bytes, values: list[Tensor]) -> None:
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
-        for value in values:
-            file.write(value.view(-1).view(torch.uint8).numpy().data)
+        while values:
+            file.write(values.pop(0).cpu().view(-1).view(torch.uint8).numpy().data)

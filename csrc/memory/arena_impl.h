@@ -7,7 +7,9 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <optional>
 #include <thread>
+#include <vector>
 
 #include "fastgpt/arena.h"
 #include "fastgpt/check.h"
@@ -84,7 +86,9 @@ struct Arena::Impl {
   std::byte* void_end(const std::byte* begin, std::byte* end) const;
   bool commit_range(Range run);
   bool commit_slab(std::size_t bytes);
+  std::optional<Vacant> vacant(const Backing::Mapped& mapped, Block* first) const;
   std::vector<Vacant> vacant_handles() const;
+  std::vector<Vacant> vacant_handles(Block* under) const;
   void withdraw(const Vacant& vacant);
   bool return_handle(const Backing::Mapped& mapped);
   void commit_ahead();

@@ -112,30 +112,51 @@ bool Arena::Impl::commit_slab(std::size_t bytes) {
   return true;
 }
 
+// The handle, if nothing in it is live; `first` is the block in which it begins.
+std::optional<Arena::Impl::Vacant> Arena::Impl::vacant(const Backing::Mapped& mapped,
+                                                       Block* first) const {
+  const std::byte* end = mapped.address + mapped.handle.bytes;
+  bool is_vacant = true;
+  Fence fence;
+  for (const Block* b = first; b != nullptr && b->data < end; b = b->next) {
+    is_vacant &= b->is(State::kFree) || b->is(State::kEvicted) || b->is(State::kVoid);
+    if (b->is(State::kFree)) {
+      fence.streams |= b->streams;
+      fence.tick = std::max(fence.tick, b->tick);
+    }
+  }
+  if (!is_vacant) return std::nullopt;
+  return Vacant{mapped, first, fence};
+}
+
 std::vector<Arena::Impl::Vacant> Arena::Impl::vacant_handles() const {
-  std::vector<Vacant> vacant;
+  std::vector<Vacant> found;
   auto slab = heap.slabs().begin();
   Block* block = slab == heap.slabs().end() ? nullptr : slab->second;
   for (const auto& [address, handle] : backing.handles()) {
-    const std::byte* end = address + handle.bytes;
     const auto next = [&] {
       block = block->next;
       if (block == nullptr && ++slab != heap.slabs().end()) block = slab->second;
     };
-    while (block->end() <= address || block->data > end) next();
-    bool is_vacant = true;
-    Fence fence;
-    for (const Block* b = block; b != nullptr && b->data < end; b = b->next) {
-      is_vacant &= b->is(State::kFree) || b->is(State::kEvicted) || b->is(State::kVoid);
-      if (b->is(State::kFree)) {
-        fence.streams |= b->streams;
-        fence.tick = std::max(fence.tick, b->tick);
-      }
-    }
-    if (is_vacant) vacant.push_back({{address, handle}, block, fence});
+    while (block->end() <= address || block->data > address + handle.bytes) next();
+    if (const auto one = vacant({address, handle}, block)) found.push_back(*one);
   }
-  std::reverse(vacant.begin(), vacant.end());
-  return vacant;
+  std::reverse(found.begin(), found.end());
+  return found;
+}
+
+// Those that share bytes with one block, the last first like above.
+std::vector<Arena::Impl::Vacant> Arena::Impl::vacant_handles(Block* under) const {
+  std::vector<Vacant> found;
+  auto at = backing.handles().lower_bound(under->end());
+  while (at != backing.handles().begin()) {
+    const auto& [address, handle] = *--at;
+    if (address + handle.bytes <= under->data) break;
+    Block* first = under;
+    while (first->prev != nullptr && first->data > address) first = first->prev;
+    if (const auto one = vacant({address, handle}, first)) found.push_back(*one);
+  }
+  return found;
 }
 
 // Give back vacant handles until `wanted` bytes are returned, none of those in `keep`. First those
@@ -225,11 +246,9 @@ void Arena::Impl::evict(Block* block) {
     std::lock_guard lock(mutex);
     block->set(State::kEvicted);
     count_live(block, -1);
-    for (const Vacant& vacant : vacant_handles()) {
-      const auto [address, handle] = vacant.mapped;
-      if (overlap(block->data, block->end(), address, address + handle.bytes) == 0) continue;
+    for (const Vacant& one : vacant_handles(block)) {
       try {
-        if (order.wait_on_host(vacant.fence)) chosen.push_back(vacant);
+        if (order.wait_on_host(one.fence)) chosen.push_back(one);
       } catch (const DeviceError&) {
       }
     }

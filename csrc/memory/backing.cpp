@@ -8,6 +8,10 @@ namespace {
 // Address space costs nothing; evicted entries keep theirs, so a pool needs more than it commits.
 constexpr std::size_t kAddressFactor = 8;
 
+// A large gap is filled by pieces larger than asked for: the driver's cost is by the piece. What is
+// committed for one request is in the end given back by its eighths, not finer.
+constexpr std::size_t kMaxPiecesPerGap = 8;
+
 constexpr std::size_t round_up(std::size_t bytes, std::size_t to) {
   return (bytes + to - 1) / to * to;
 }
@@ -56,6 +60,8 @@ std::vector<Range> Backing::gaps(Range range) const {
 }
 
 bool Backing::map(Range gap, std::vector<Mapped>& mapped) {
+  const std::size_t piece =
+      std::max(handle_bytes_, round_up(gap.bytes() / kMaxPiecesPerGap, handle_bytes_));
   std::vector<Handle> handles;
   const auto destroy_all = [&] {
     for (const Handle handle : handles) upstream_->destroy(handle);
@@ -63,7 +69,7 @@ bool Backing::map(Range gap, std::vector<Mapped>& mapped) {
   try {
     for (std::size_t made = 0; made < gap.bytes(); made += handles.back().bytes) {
       ++num_calls_;
-      const Handle handle = upstream_->create(std::min(handle_bytes_, gap.bytes() - made));
+      const Handle handle = upstream_->create(std::min(piece, gap.bytes() - made));
       if (handle.id == 0) {
         destroy_all();
         return false;

@@ -305,6 +305,20 @@ TEST(ArenaMappedTest, GrowthMovesNothingAndJoinsHandles) {
   EXPECT_EQ(arena.stats().reserved_bytes, 5 * kMiB);  // the half-used handle is used up first
 }
 
+// The driver's cost is by the piece.
+TEST(ArenaMappedTest, LargeGrowthTakesEightPieces) {
+  Arena arena(make_fake(64 * kMiB), 64 * kMiB, {.handle_bytes = kMiB});
+  arena.allocate(kMiB, nullptr);
+  EXPECT_EQ(arena.stats().num_slabs, 1U);
+  arena.allocate(8 * kMiB, nullptr);
+  EXPECT_EQ(arena.stats().num_slabs, 9U);
+  void* const large = arena.allocate(33 * kMiB, nullptr);  // an eighth is rounded up to 5
+  EXPECT_EQ(arena.stats().num_slabs, 9U + 7U);
+  EXPECT_EQ(arena.stats().reserved_bytes, 42 * kMiB);
+  arena.free(large, nullptr);
+  EXPECT_EQ(arena.trim(), 33 * kMiB);
+}
+
 TEST(ArenaMappedTest, SpreadFreeMemoryIsMappedTogetherBeforeOutOfMemory) {
   auto upstream = make_fake(64 * kMiB);
   Arena arena(upstream, 16 * kMiB, {.handle_bytes = 2 * kMiB, .use_lanes = false});

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <thread>
 #include <vector>
 
 #include "fastgpt/check.h"
@@ -34,6 +36,33 @@ TEST(CAllocatorTest, AllocatesUnderTheBudgetAndOutlivesItsOwner) {
   fastgpt_free_0(data, 1000, 0, nullptr);
   EXPECT_TRUE(watched.expired());
   fastgpt_free_0(data, 1000, 0, nullptr);  // late and twice: harmless
+}
+
+// Blocks travel between threads, and the last to be freed takes the arena with it.
+TEST(CAllocatorTest, FourThreadsFreeEachOthersBlocks) {
+  auto arena = make_arena();
+  const std::weak_ptr<Arena> watched = arena;
+  ASSERT_EQ(open_c_allocator(arena), 0);
+  std::atomic<void*> shelf[8] = {};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([&shelf, t] {
+      for (int i = 0; i < 5000; ++i) {
+        void* const block = fastgpt_allocate_0(std::size_t(256 << (i % 6)), 0, nullptr);
+        fastgpt_free_0(shelf[(i + t) % 8].exchange(block), 0, 0, nullptr);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  arena->check_integrity();
+  EXPECT_EQ(arena->stats().num_blocks, 8u);
+  arena.reset();
+  close_c_allocator(0);
+  for (std::atomic<void*>& block : shelf) {
+    EXPECT_FALSE(watched.expired());
+    fastgpt_free_0(block, 0, 0, nullptr);
+  }
+  EXPECT_TRUE(watched.expired());
 }
 
 TEST(CAllocatorTest, ManyPoolsShareTheSlotsAndTheLastOneIsRefused) {
