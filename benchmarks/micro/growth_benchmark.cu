@@ -8,7 +8,9 @@
 // 1. growth by 1 GiB, idle and while a kernel runs, by the size of a handle;
 // 2. host time of kernel and graph launches while another thread commits memory under a kernel;
 // 3. the longest allocate of a thread that needs 8 MiB at a time under a kernel, with memory
-//    committed ahead of it and without.
+//    committed ahead of it and without;
+// 4. the driver's calls for 15 GiB of handles, each kind together, and page-locking 2 GiB of host
+//    memory by one thread and by more.
 // Times in us (median, 99th percentile, longest); the last line is JSON.
 #include <cuda_runtime.h>
 
@@ -194,6 +196,54 @@ void foreground(std::size_t ahead_bytes, std::size_t handle_bytes) {
          us);
 }
 
+// Calls for `count` handles, mapped and given access together.
+void handle_calls(std::size_t handle_bytes, int count) {
+  const auto upstream = fastgpt::make_cuda_upstream(0);
+  const std::size_t bytes = handle_bytes * std::size_t(count);
+  auto* const base = static_cast<std::byte*>(upstream->reserve(bytes));
+  std::vector<double> create_us, map_us, unmap_us, destroy_us;
+  for (int round = 0; round < 3; ++round) {
+    std::vector<fastgpt::Handle> handles;
+    auto begin = Clock::now();
+    for (int i = 0; i < count; ++i) handles.push_back(upstream->create(handle_bytes));
+    create_us.push_back(us_since(begin));
+    begin = Clock::now();
+    if (!upstream->map(base, handles)) std::exit(1);
+    map_us.push_back(us_since(begin));
+    begin = Clock::now();
+    for (int i = 0; i < count; ++i) {
+      if (!upstream->unmap(base + std::size_t(i) * handle_bytes, handles[std::size_t(i)])) {
+        std::exit(1);
+      }
+    }
+    unmap_us.push_back(us_since(begin));
+    begin = Clock::now();
+    for (const fastgpt::Handle handle : handles) upstream->destroy(handle);
+    destroy_us.push_back(us_since(begin));
+  }
+  upstream->unreserve(base, bytes);
+  const std::string what =
+      std::to_string(count) + " handles of " + std::to_string(handle_bytes / kMiB) + " MiB: ";
+  report(what + "create", create_us);
+  report(what + "map, set access", map_us);
+  report(what + "unmap", unmap_us);
+  report(what + "release", destroy_us);
+}
+
+void page_locking(int num_threads) {
+  const auto upstream = fastgpt::make_pinned_upstream(0);
+  const std::size_t bytes = 2 * kGiB / std::size_t(num_threads);
+  std::vector<void*> blocks(std::size_t(num_threads), nullptr);
+  const auto begin = Clock::now();
+  std::vector<std::thread> threads;
+  for (void*& block : blocks) {
+    threads.emplace_back([&] { block = upstream->allocate(bytes); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  report("page-lock 2 GiB, threads: " + std::to_string(num_threads), {us_since(begin)});
+  for (void* block : blocks) upstream->free(block, bytes);
+}
+
 }  // namespace
 
 int main() {
@@ -213,5 +263,8 @@ int main() {
   foreground(64 * kMiB, 64 * kMiB);
   foreground(256 * kMiB, 64 * kMiB);
   foreground(256 * kMiB, 256 * kMiB);
+  handle_calls(76 * kMiB, 200);
+  handle_calls(256 * kMiB, 60);
+  for (const int num_threads : {1, 4, 8}) page_locking(num_threads);
   std::printf("%s}\n", json.c_str());
 }

@@ -29,7 +29,7 @@ from fastgpt.quant.plan import PlannedTensor, blocks_of
 from fastgpt.quant.ranges import ActivationRanges
 from fastgpt.quant.read_ahead import ReadAhead
 from fastgpt.quant.report import Report, squared_errors
-from fastgpt.quant.rounding import binary_residual, round_tensor
+from fastgpt.quant.rounding import binary_residual, is_finite, round_tensor
 from fastgpt.quant.search import Choice, choose, is_searched
 from fastgpt.scheme import PLAIN_DTYPES, Format, QuantizedTensor
 
@@ -404,7 +404,7 @@ def dense_values(source: Stored, name: str) -> torch.Tensor:
 
 
 def _check_finite(source: torch.Tensor, item: PlannedTensor) -> None:
-    if source.is_floating_point() and not bool(torch.isfinite(source).all()):
+    if source.is_floating_point() and not is_finite(source):
         raise CheckpointError(f"{item.name} holds NaN or infinite values")
 
 

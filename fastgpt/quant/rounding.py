@@ -13,7 +13,7 @@ from fastgpt.errors import CheckpointError, ConfigError, InvalidArgument
 from fastgpt.quant.grid import encode, nearest_grid, pack_codes
 from fastgpt.scheme import BLOCK, PLAIN_DTYPES, Format, QuantizedTensor
 
-__all__ = ["binary_residual", "round_in_torch", "round_tensor"]
+__all__ = ["binary_residual", "is_finite", "round_in_torch", "round_tensor"]
 
 _FP8_MAX = 448.0  # largest finite e4m3fn
 _INT8_MAX = 127.0  # of the codes that rounding gives
@@ -116,10 +116,20 @@ def binary_residual(gain: torch.Tensor, stored: QuantizedTensor) -> torch.Tensor
     return torch.where(approx == 0, torch.ones_like(residual), residual)
 
 
-def _check_finite(weight: torch.Tensor, name: str) -> None:
-    # One pass that allocates nothing of the weight's size: min and max carry NaN and infinity.
+def is_finite(weight: torch.Tensor) -> bool:
+    """Tell whether no value is NaN or infinite: min and max carry both.
+
+    One pass that allocates nothing of the weight's size. torch.isfinite takes 5 bytes for each
+    value of 16 bits: for the embedding of a 70B model 5.3 GB.
+    """
+    if weight.numel() == 0:
+        return True
     low, high = torch.aminmax(weight)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _check_finite(weight: torch.Tensor, name: str) -> None:
+    if not is_finite(weight):
         bad = (~torch.isfinite(weight)).nonzero()
         raise CheckpointError(
             f"{name} holds {len(bad)} NaN or infinite values, the first at index "
@@ -129,7 +139,7 @@ def _check_finite(weight: torch.Tensor, name: str) -> None:
 
 def _to_plain(weight: torch.Tensor, fmt: Format, name: str) -> torch.Tensor:
     out = weight.to(PLAIN_DTYPES[fmt.name])
-    if fmt.name == "fp16" and not bool(torch.isfinite(out).all()):
+    if fmt.name == "fp16" and not is_finite(out):
         amax = float(weight.abs().amax())
         raise ConfigError(
             f"{name} reaches {amax:.6g}, above fp16's largest value {_FP16_MAX:.0f}; "

@@ -1,7 +1,5 @@
 """Weights read ahead are those that were asked for, whatever is left out, and few at a time."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,11 +12,11 @@ NAMES = [f"w{i}" for i in range(10)]
 
 
 @pytest.fixture(params=["copied", pytest.param("pinned", marks=pytest.mark.gpu)])
-def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU there is no pinned memory: ordinary copies stand for it."""
     if request.param == "copied":
         monkeypatch.setattr(read_ahead, "_part_pinned", torch.Tensor.clone)
-    yield
+    return
 
 
 def _weights() -> dict[str, torch.Tensor | QuantizedTensor]:

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.errors import CheckpointError, ConfigError
-from fastgpt.quant.rounding import binary_residual, round_in_torch, round_tensor
+from fastgpt.quant.rounding import (
+    binary_residual,
+    is_finite,
+    round_in_torch,
+    round_tensor,
+)
 from fastgpt.scheme import Format, QuantizedTensor
 
 FP8_BLOCK = {"format": "fp8", "scale": "block"}
@@ -229,3 +234,14 @@ def test_int4_refuses_a_scale_that_does_not_fit():
 def test_rounding_refuses_an_empty_weight():
     with pytest.raises(ConfigError, match="nothing to quantize"):
         round_tensor(torch.empty(0, 8), Format.parse("fp8"), "up.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_finite_sees_every_bad_value(dtype: torch.dtype):
+    assert is_finite(torch.empty(0, dtype=dtype))
+    assert is_finite(torch.tensor([-torch.finfo(dtype).max, torch.finfo(dtype).max], dtype=dtype))
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for at in range(5):
+            values = torch.zeros(5, dtype=dtype)
+            values[at] = bad
+            assert not is_finite(values)
