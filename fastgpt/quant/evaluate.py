@@ -113,7 +113,7 @@ class Evaluation:
         if self.ranges.fp16_overflows():
             stored = stored[-1:]
         self.figures = self._compare(
-            source.logits(read), rounded.logits(read), stored[0].logits(read_rest)
+            source.groups, source.logits(read), rounded.logits(read), stored[0].logits(read_rest)
         )
         self.figures["arithmetic"] = f"{_name(stored[0].dtype)} on {self._device.type}"
 
@@ -123,33 +123,39 @@ class Evaluation:
         )
 
     def _compare(
-        self, source: Iterator[Tensor], rounded: Iterator[Tensor], stored: Iterator[Tensor]
+        self,
+        sequence_groups: list[list[int]],
+        source: Iterator[Tensor],
+        rounded: Iterator[Tensor],
+        stored: Iterator[Tensor],
     ) -> dict[str, Any]:
-        """Return the figures of three runs of logits, one [tokens, vocab] per sequence."""
-        order = HiddenStates.order(self._sequences)
+        """Return the figures of three runs of logits, one [tokens, vocab] per group."""
         divergences: list[Tensor] = []
         floors: list[Tensor] = []
         same: list[Tensor] = []
         before: list[Tensor] = []
         after: list[Tensor] = []
-        for at, a, b, c in zip(order, source, rounded, stored, strict=True):
-            next_ids = torch.tensor([*self._sequences[at][1:], 0], device=a.device)
+        for group, a, b, c in zip(sequence_groups, source, rounded, stored, strict=True):
+            lengths = [len(self._sequences[at]) for at in group]
+            # Nothing follows the last token of a sequence: its 0 is dropped below.
+            following = [token for at in group for token in (*self._sequences[at][1:], 0)]
+            next_ids = torch.tensor(following, device=a.device)
             step = max(1, _AT_ONCE // a.shape[1])
             pieces = [
                 _compare_rows(*rows)
                 for rows in zip(*(x.split(step) for x in (a, b, c, next_ids)), strict=True)
             ]
-            columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
+            columns = [torch.cat(column).split(lengths) for column in zip(*pieces, strict=True)]
             for figures, column in zip((divergences, floors, same), columns, strict=False):
-                figures.append(column)
-            before.append(columns[3][:-1])  # nothing follows the last token
-            after.append(columns[4][:-1])
+                figures += column
+            before += [column[:-1] for column in columns[3]]
+            after += [column[:-1] for column in columns[4]]
         kl, floor = torch.cat(divergences), float(torch.cat(floors).mean())
         ratio, low, high = _ratio(before, after)
         mean = float(kl.mean())
         return {
             "positions": kl.numel(),
-            "num_sequences": len(order),
+            "num_sequences": len(self._sequences),
             "kl_mean": mean,
             "kl_mean_95": bootstrap_interval(divergences),
             "kl_median": _quantile(kl, 0.5),
@@ -224,11 +230,11 @@ def stored_nll(
     states = HiddenStates(kind, config, checkpoint.read, sequences, on, dtype)
     for index in range(config.num_layers):
         states.advance(index, checkpoint.read)
-    order = HiddenStates.order(sequences)
-    parts = [
-        next_token_nll(logits.double().log_softmax(-1), sequences[at])
-        for at, logits in zip(order, states.logits(checkpoint.read), strict=True)
-    ]
+    parts = []
+    for group, logits in zip(states.groups, states.logits(checkpoint.read), strict=True):
+        lengths = [len(sequences[at]) for at in group]
+        for at, rows in zip(group, logits.double().log_softmax(-1).split(lengths), strict=True):
+            parts.append(next_token_nll(rows, sequences[at]))
     return float(torch.cat(parts).mean())
 
 

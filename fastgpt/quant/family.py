@@ -8,7 +8,7 @@ are rounded: y = W (γ ⊙ x) = (W diag(γ / γ̂)) (γ̂ ⊙ x), so only the ro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -177,6 +177,7 @@ class LayerSearch:
         config: the family's configuration.
         norms: the norms that are stored in two levels.
         residuals: by reader, what it absorbs of them.
+        observed: names whose inputs are watched though their codes are not searched.
         states: the tokens behind the layers that are done, all of them quantized.
         weights: the last layer between reading and rounding.
     """
@@ -193,8 +194,10 @@ class LayerSearch:
         sequences: Sequence[Sequence[int]],
         pool: GPTMemoryPool | None = None,
         ranges: ActivationRanges | None = None,
+        observed: Container[str] = (),
     ) -> None:
         assert checkpoint.config is not None
+        self.observed = observed
         self.device = device or torch.device("cpu")
         self.pool = pool or GPTMemoryPool(self.device)
         self.ranges = ranges
@@ -258,11 +261,13 @@ class LayerSearch:
         def read_before(name: str) -> Stored:
             return self.norms[name] if name in self.norms else before[name]
 
-        wanted = [item.name for item in items if is_searched(item.format)]
+        searched = [item.name for item in items if is_searched(item.format)]
+        wanted = [i.name for i in items if is_searched(i.format) or i.name in self.observed]
         if wanted:
             work.stats = self.states.observe_layer(
                 index, read_before, wanted, _gram_limit(items, wanted)
             )
+        if searched:
             quantize_layer(work, self._norm_sites(items), self.kind.value_heads(self.config))
         stored = {i.name: self._store(i, sources[i.name], work, before) for i in items}
         # What is stored as it was placed lies where the next layer comes.

@@ -34,6 +34,8 @@ from fastgpt.quant.ranges import ActivationRanges
 __all__ = ["HiddenStates", "InputStats"]
 
 _CHUNK_TOKENS = 2048  # of one pass through a layer, at least one sequence
+_CHUNK_VALUES = 1 << 23  # of hidden states in one pass on a GPU: narrow models wait for launches
+_LOGITS = 1 << 25  # that are made together, at least one sequence
 _BLOCK_SIZE = 32
 _HELD_OUT = 4  # every fourth sequence is held out: used to choose, never to fit
 
@@ -198,19 +200,30 @@ class HiddenStates:
         self._pool = pool
         longest = max(len(ids) for ids in sequences)
         self._cos_sin = cos_sin_table(config.rope, longest).to(device)
-        self._chunks = list(_chunks(sequences))
+        limit = _CHUNK_TOKENS
+        if device.type == "cuda":
+            limit = max(limit, _CHUNK_VALUES // config.hidden_size)
+        chunks = list(_chunks(sequences, limit))
+        self._held_out = [held_out for _, held_out in chunks]
+        self._groups = [
+            list(_split(chunk, sequences, max(1, _LOGITS // config.vocab_size)))
+            for chunk, _ in chunks
+        ]
+        self._lengths = [len(ids) for ids in sequences]
+        rows = [[sequences[i] for i in chunk] for chunk, _ in chunks]
+        self._batches = [_batch(chunk, device) for chunk in rows]
         loader = self._loader(source, WeightLoader)
         shape = (config.vocab_size, config.hidden_size)
         embedding = loader.dense("model.embed_tokens.weight", shape)
         self._states = [
             ops.embedding(
-                _flat(chunk).to(device),
+                batch.token_ids,
                 embedding,
                 out=torch.empty(
-                    (sum(map(len, chunk)), config.hidden_size), dtype=dtype, device=device
+                    (len(batch.token_ids), config.hidden_size), dtype=dtype, device=device
                 ),
             ).cpu()
-            for chunk, _ in self._chunks
+            for batch, _ in self._batches
         ]
 
     def observe_layer(
@@ -251,28 +264,37 @@ class HiddenStates:
         watch = _Watch(frozenset([name]), max_gram_cols)
         loader = self._loader(source, WeightLoader)
         norm = loader.norm("model.norm.weight", self.config.hidden_size, self.config.norm_eps)
-        for (_, held_out), states in zip(self._chunks, self._states, strict=True):
+        for held_out, states in zip(self._held_out, self._states, strict=True):
             watch.held_out = held_out
             watch.show([name], norm(states.to(self.device)))
         return watch.stats[name]
 
-    @staticmethod
-    def order(sequences: Sequence[Sequence[int]]) -> list[int]:
-        """Return the positions of the sequences in the order in which they pass."""
-        held_out = [i for i in range(len(sequences)) if i % _HELD_OUT == _HELD_OUT - 1]
-        return [i for i in range(len(sequences)) if i % _HELD_OUT != _HELD_OUT - 1] + held_out
+    @property
+    def groups(self) -> list[list[int]]:
+        """The positions of the sequences whose logits are made together, in order."""
+        return [group for groups in self._groups for group in groups]
+
+    @property
+    def is_held_out(self) -> Tensor:
+        """Whether each position of `logits` is of a sequence held out of the search, bool."""
+        return torch.cat(
+            [
+                torch.full((len(batch.token_ids),), held_out)
+                for (batch, _), held_out in zip(self._batches, self._held_out, strict=True)
+            ]
+        )
 
     def logits(self, source: Source) -> Iterator[Tensor]:
-        """Yield the next-token logits of each sequence, [tokens, vocab] float32; see `order`."""
+        """Yield the next-token logits of each of the `groups`, [tokens, vocab] float32."""
         config, loader = self.config, self._loader(source, WeightLoader)
         norm = loader.norm("model.norm.weight", config.hidden_size, config.norm_eps)
         shape = (config.vocab_size, config.hidden_size)
         tied = config.tie_word_embeddings
         embedding = loader.dense("model.embed_tokens.weight", shape) if tied else torch.empty(0)
         head = load_head(loader, embedding, *shape, tied)
-        for (chunk, _), states in zip(self._chunks, self._states, strict=True):
+        for groups, states in zip(self._groups, self._states, strict=True):
             hidden = norm(states.to(self.device))
-            for rows in hidden.split([len(ids) for ids in chunk]):
+            for rows in hidden.split([sum(self._lengths[i] for i in group) for group in groups]):
                 out = torch.empty((len(rows), shape[0]), dtype=torch.float32, device=self.device)
                 yield head(rows, out=out)
 
@@ -312,10 +334,9 @@ class HiddenStates:
 
     def _run(self, layer: Layer, norm: RmsNorm, watch: _Watch | None, *, keep: bool) -> None:
         layout = self.kind.kv_layout(self.config)
-        for at, (chunk, held_out) in enumerate(self._chunks):
+        for at, (batch, num_blocks) in enumerate(self._batches):
             if watch is not None:
-                watch.held_out = held_out
-            batch, num_blocks = _batch(chunk, self.device)
+                watch.held_out = self._held_out[at]
             shape = (num_blocks, *layout.block_shape(_BLOCK_SIZE)[1:])
             cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
             residual = self._states[at].to(self.device, copy=True)
@@ -346,19 +367,30 @@ def _watch_experts(
     experts.product = product
 
 
-def _chunks(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], bool]]:
-    """Yield runs of sequences that fit one pass, and whether they are held out."""
+def _chunks(
+    sequences: Sequence[Sequence[int]], max_tokens: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield positions of sequences that fit one pass, and whether they are held out."""
     for held_out in (False, True):
-        chunk: list[Sequence[int]] = []
-        for i, ids in enumerate(sequences):
-            if (i % _HELD_OUT == _HELD_OUT - 1) != held_out:
-                continue
-            if chunk and sum(map(len, chunk)) + len(ids) > _CHUNK_TOKENS:
-                yield chunk, held_out
-                chunk = []
-            chunk.append(ids)
-        if chunk:
+        members = [i for i in range(len(sequences)) if (i % _HELD_OUT == _HELD_OUT - 1) == held_out]
+        for chunk in _split(members, sequences, max_tokens):
             yield chunk, held_out
+
+
+def _split(
+    members: Sequence[int], sequences: Sequence[Sequence[int]], max_tokens: int
+) -> Iterator[list[int]]:
+    """Yield runs of members of so many tokens in all, at least one member each."""
+    run: list[int] = []
+    count = 0
+    for i in members:
+        if run and count + len(sequences[i]) > max_tokens:
+            yield run
+            run, count = [], 0
+        run.append(i)
+        count += len(sequences[i])
+    if run:
+        yield run
 
 
 def _flat(chunk: Sequence[Sequence[int]]) -> Tensor:

@@ -13,6 +13,7 @@ from fastgpt.errors import ConfigError
 from fastgpt.quant.allocate import Additivity, Budget, Option, Unit, keep_sensitive, solve
 from fastgpt.quant.plan import PlannedTensor, plan_family
 from fastgpt.quant.policy import Policy
+from fastgpt.quant.refine import MeasuredPlan, Step, measure_plan, rescaled, steps_around
 from fastgpt.quant.sensitivity import is_free, measure_units
 from fastgpt.scheme import Format
 
@@ -61,6 +62,7 @@ class Planner:
         self._calibration = calibration
         self._planned: list[PlannedTensor] | None = None
         self._units: list[Unit] = []
+        self._options: Sequence[Option] = ()  # of the last solution, one for every unit
         self._together = Additivity()
         self._max_loss: float | None = None
 
@@ -198,8 +200,40 @@ class Planner:
             if self._budget.max_kl is None and not has_size:
                 assert self._budget.min_top1 is not None
                 self._max_loss = _loss_of(self._budget.min_top1)
-            planned = self._allocated(planned)
+            planned = self._refined(self._allocated(planned), sequences)
         return planned
+
+    def _refined(
+        self, planned: list[PlannedTensor], sequences: Sequence[Sequence[int]]
+    ) -> list[PlannedTensor]:
+        """Return the plan after measuring it as a whole and stepping around it; see refine.py.
+
+        Within a size the new plan must cost less than the old one on the sequences no search saw.
+        """
+        assert self._budget is not None
+        additive = self.allocation["predicted_kl"]
+        units, options = self._units, self._options
+        steps = steps_around(units, options)
+
+        def measure(plan: list[PlannedTensor], around: Sequence[Step]) -> MeasuredPlan:
+            return measure_plan(self._checkpoint, plan, units, around, sequences, self._device)
+
+        first = measure(planned, steps)
+        self._units, self._together = rescaled(units, options, steps, first)
+        after = self._allocated(planned)
+        loss = first.kl
+        if self.allocation["max_bytes"] is not None and after != planned:
+            loss = measure(after, []).kl
+            if loss > first.kl:
+                self._units, loss = units, first.kl
+                after = self._allocated(planned)
+        total = sum(option.loss for option in self._options)
+        if self.allocation["max_bytes"] is not None and total > 0:
+            self._together = Additivity(loss / total)
+            after = self._allocated(planned)
+        self.allocation["additive_kl"] = additive
+        self.allocation["first_plan_kl"] = first.kl
+        return after
 
     def _allocated(self, planned: list[PlannedTensor]) -> list[PlannedTensor]:
         """Return the plan with the formats that fit the budget best."""
@@ -225,6 +259,7 @@ class Planner:
             max_loss=self._max_loss,
             together=self._together,
         )
+        self._options = solution.options
         formats = {
             name: option.format
             for unit, option in zip(self._units, solution.options, strict=True)

@@ -176,10 +176,10 @@ def test_budget_of_loss_is_met_by_promotion_where_prediction_fails(monkeypatch):
     """Predictions of a tenth of the loss choose too little; measuring notices and promotes."""
 
     def hopeful(*args):
-        units, _ = measure_units(*args)
-        return units, Additivity(0.1, 1.0)
+        units, law = rescaled(*args)
+        return units, Additivity(0.1 * law.scale, law.power)
 
-    monkeypatch.setattr("fastgpt.quant.planner.measure_units", hopeful)
+    monkeypatch.setattr("fastgpt.quant.planner.rescaled", hopeful)
     reference = reference_model(CASES["qwen2"].hf_config)
     plain = Quantizer(reference, CONFIG, calibration=TOKENS)
     plain.convert(progress=False)
