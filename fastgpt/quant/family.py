@@ -147,12 +147,12 @@ def _one(
     source = _read(checkpoint, item)
     fold = residuals.get(item.name)
     if item.name in norms:
-        _count(report, item, source, norms[item.name])  # the fold makes up for its error
+        _count(report, checkpoint, item, norms[item.name])  # the fold makes up for its error
         return norms[item.name]
     if item.format is None and fold is None:
         if isinstance(source, torch.Tensor):
             _check_finite(source, item)
-        _count(report, item, source, source)
+        _count(report, checkpoint, item, source)
         return source
     wanted = dense_values(source, item.name)
     if device is not None and device.type != "cpu":
@@ -163,10 +163,10 @@ def _one(
     if is_searched(fmt):
         _check_finite(wanted, item)
         choice = choose(wanted, fmt, stats, item.name)
-        _count(report, item, source, choice.stored, wanted, choice)
+        _count(report, checkpoint, item, choice.stored, wanted, choice)
         return on_host(choice.stored)
     result = round_tensor(wanted, fmt, item.name)
-    _count(report, item, source, result, wanted)
+    _count(report, checkpoint, item, result, wanted)
     return on_host(result)
 
 
@@ -316,21 +316,21 @@ class LayerSearch:
         before: dict[str, torch.Tensor],
     ) -> Stored:
         if item.name in self.norms:
-            _count(self.report, item, source, self.norms[item.name])
+            _count(self.report, self.checkpoint, item, self.norms[item.name])
             return self.norms[item.name]
         value = work.dense[item.name]
         is_changed = value is not before[item.name] or item.name in self.residuals
         choice = work.choices.get(item.name)
         if choice is not None:
             how = work.transforms.get(item.name)
-            _count(self.report, item, source, choice.stored, value, choice, how)
+            _count(self.report, self.checkpoint, item, choice.stored, value, choice, how)
             return choice.stored
         if item.format is None and not is_changed:
-            _count(self.report, item, source, source)
+            _count(self.report, self.checkpoint, item, source)
             return source
         fmt = item.format or _kept_format(source, item)
         result = round_tensor(value, fmt, item.name)
-        _count(self.report, item, source, result, value)
+        _count(self.report, self.checkpoint, item, result, value)
         return result
 
 
@@ -388,8 +388,8 @@ def _check_finite(source: torch.Tensor, item: PlannedTensor) -> None:
 
 def _count(
     report: Report,
+    checkpoint: Checkpoint,
     item: PlannedTensor,
-    source: Stored,
     result: Stored,
     wanted: torch.Tensor | None = None,
     choice: Choice | None = None,
@@ -402,8 +402,8 @@ def _count(
         item.name,
         role=item.role,
         fmt=_format_name(result),
-        num_values=source.shape.numel() if isinstance(source, torch.Tensor) else _numel(source),
-        before_bytes=source.nbytes,
+        num_values=torch.Size(item.shape).numel(),
+        before_bytes=checkpoint.nbytes(item.name),
         after_bytes=result.nbytes,
         squared_error=squared_error,
         squared_norm=squared_norm,
@@ -417,10 +417,6 @@ def _count(
             nearest_error=choice.nearest_error,
             on_outputs=choice.on_outputs,
         )
-
-
-def _numel(source: QuantizedTensor) -> int:
-    return torch.Size(source.shape).numel()
 
 
 def _format_name(result: Stored) -> str:

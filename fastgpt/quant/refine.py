@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.checkpoint.base import Checkpoint
+from fastgpt.layers.weights import Source
 from fastgpt.quant.allocate import Additivity, Option, Unit, neighbours
 from fastgpt.quant.family import LayerSearch, dense_values
 from fastgpt.quant.layerwise import LayerWeights, layer_index, stored_in
@@ -88,6 +89,8 @@ def measure_plan(
     steps: Sequence[Step],
     sequences: Sequence[Sequence[int]],
     device: torch.device | None,
+    *,
+    rotated: Checkpoint | None = None,
 ) -> MeasuredPlan:
     """Quantize a plan layer by layer, and every step beside it; compare answers with the source's.
 
@@ -98,22 +101,23 @@ def measure_plan(
         steps: changes of single units to measure.
         sequences: token ids; every fourth sequence is held out of the search.
         device: where to run; None is the CPU.
+        rotated: what is quantized in the source's place: a model of the same function.
     """
-    on, read = device or torch.device("cpu"), checkpoint.read
+    on = device or torch.device("cpu")
+    read = (rotated or checkpoint).read
     free = [name for unit in units for name in unit.names]
     tokens = measured_tokens(checkpoint, free, sequences, max(1, len(steps)), on)
     stepped = {name for step in steps for name in units[step.unit].names}
     items = list(planned)
-    search = LayerSearch(checkpoint, items, Report(), on, tokens, observed=stepped)
+    search = LayerSearch(rotated or checkpoint, items, Report(), on, tokens, observed=stepped)
     outside: dict[str, Stored] = {i.name: search.alone(i) for i in items if i.name == EMBEDDING}
     search.start(changed_source(outside, read))
     kind, config = search.kind, search.config
 
-    def states(changed: Mapping[str, Stored]) -> HiddenStates:
-        source = changed_source(changed, read)
+    def states(source: Source) -> HiddenStates:
         return HiddenStates(kind, config, source, tokens, on, torch.float32)
 
-    exact, whole = states({}), states(outside)
+    exact, whole = states(checkpoint.read), states(changed_source(outside, read))
     runs: dict[int, HiddenStates] = {}
     tails: dict[int, Mapping[str, Stored]] = {}  # what a step changes behind the layers
     for s, step in enumerate(steps):
@@ -121,7 +125,7 @@ def measure_plan(
             dense = dense_values(read(EMBEDDING), EMBEDDING).to(on, torch.float32)
             layer = LayerWeights({EMBEDDING: dense}, {}, {}, {})
             tails[s] = stored_in(layer, [EMBEDDING], step.option.format)  # a tied head reads it
-            runs[s] = states(tails[s])
+            runs[s] = states(changed_source(tails[s], read))
     for index in range(config.num_layers):
         before = list(runs.values())
         inside = [item for item in items if layer_index(item.name) == index]
@@ -133,7 +137,7 @@ def measure_plan(
                 runs[s] = whole.fork()
                 runs[s].advance(index, changed_source(changed, stored.__getitem__))
         whole.advance(index, stored.__getitem__, before)
-        exact.advance(index, read)
+        exact.advance(index, checkpoint.read)
 
     for item in items:
         if item.name in search.norms and layer_index(item.name) is None:
@@ -149,7 +153,7 @@ def measure_plan(
                 if HEAD in units[step.unit].names:
                     runs[s] = whole
                     tails[s] = stored_in(layer, [HEAD], step.option.format)
-    answers = [logits.cpu() for logits in exact.logits(read)]
+    answers = [logits.cpu() for logits in exact.logits(checkpoint.read)]
     source = changed_source(outside, read)
     base = divergence(answers, whole.logits(source))
     changes = []

@@ -241,8 +241,8 @@ def measured_tokens(
     config = family(checkpoint.config).parse_config(checkpoint.config)
     most = _MOST_TOKENS
     if device.type == "cuda":
-        values = sum(checkpoint.read(name).shape.numel() for name in free)
-        most = max(most, min(_MOST_GPU_TOKENS, _GPU_WORK // (values * num_runs)))
+        values = sum(torch.Size(checkpoint.read(name).shape).numel() for name in free)
+        most = max(most, min(_MOST_GPU_TOKENS, _GPU_WORK // max(1, values * num_runs)))
     limit = _STATE_BYTES // (4 * (config.vocab_size + num_runs * config.hidden_size))
     limit = min(most, max(_LEAST_TOKENS, limit))
     tokens: list[Sequence[int]] = []

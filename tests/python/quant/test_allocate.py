@@ -11,7 +11,8 @@ import torch
 from fastgpt.errors import ConfigError
 from fastgpt.quant import Budget, Calibration, Quantizer
 from fastgpt.quant.allocate import Additivity, Option, Unit, solve
-from fastgpt.quant.sensitivity import _power_laws, _Probed, _with_unseen, measure_units, unit_of
+from fastgpt.quant.refine import rescaled
+from fastgpt.quant.sensitivity import _power_laws, _Probed, _with_unseen, unit_of
 from fastgpt.scheme import Format
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
