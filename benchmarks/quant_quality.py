@@ -45,7 +45,7 @@ from fastgpt.checkpoint import HuggingFaceCheckpoint, StateDict
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.quant import Budget, Calibration, Policy, Quantizer
 from fastgpt.quant.calibration import token_sequences
-from fastgpt.quant.evaluate import Evaluation
+from fastgpt.quant.evaluate import Evaluation, SourceAnswers
 from fastgpt.quant.family import quantize_family
 from fastgpt.quant.plan import plan_family
 from fastgpt.quant.report import Report
@@ -54,7 +54,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "build/micro"
 MODELS = ("tiny-qwen", "tiny-r1", *MICRO_CONFIGS)
 KINDS = ("original", "twin")
-PARTS = ("uniform", "budget")
+PARTS = ("uniform", "budget", "layers")
 Texts = list[list[int]]
 HEADING = (
     f"{'model':17} {'weights':22} {'MB':>6} {'KL mean':>9} {'p99':>9} {'top-1':>8} {'ratio':>7}"
@@ -149,6 +149,8 @@ class Bench:
         )
         self.tokens, _ = token_sequences(own, plain, self.device)
         self.source = plain if kind == "original" else twin_of(plain)
+        self.answers = SourceAnswers.of(self.source, self.texts, self.device)
+        self.start = time.monotonic()
         self.rows: list[dict[str, Any]] = []
 
     def uniform(
@@ -197,7 +199,7 @@ class Bench:
     def _row(
         self, label: str, stored: Any, report: Report, base: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        evaluation = Evaluation(self.source, self.texts, self.device)
+        evaluation = Evaluation(self.source, self.texts, self.device, answers=self.answers)
         for _ in evaluation.watch(stored):
             pass
         figures = evaluation.figures
@@ -210,7 +212,8 @@ class Bench:
         noise = " (near noise)" if figures["near_noise"] else ""
         print(
             f"{self.name:17} {label:22} {entry['bytes'] / 1e6:6.3f} {entry['kl_mean']:9.2e} "
-            f"{entry['kl_p99']:9.2e} {100 * entry['same_top1']:7.3f}% {ratio}{noise}",
+            f"{entry['kl_p99']:9.2e} {100 * entry['same_top1']:7.3f}% {ratio}{noise} "
+            f"[{time.monotonic() - self.start:.0f} s]",
             flush=True,
         )
         self.rows.append(entry)
@@ -235,14 +238,16 @@ def run(model: str, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]
     if "uniform" in args.parts:
         compare("int4")
         compare("int3")
-    if "budget" in args.parts and kind == "original":
+    if {"budget", "layers"} & set(args.parts) and kind == "original":
         g32 = {"format": "int4", "group_size": 32}
         policy = {"attention_weights": g32, "residual_connections": g32, "io_layers": "bf16"}
         base = bench.uniform("int4 g32 (4.5 bits)", policy)
-        bench.budget("budget of 4.5 bits", policy, base["bytes"], base)
-        kept = {**policy, "overrides": {"embed_tokens|lm_head": "bf16"}}
-        del kept["io_layers"]
-        bench.budget("budget, layers only", kept, base["bytes"], base)
+        if "budget" in args.parts:
+            bench.budget("budget of 4.5 bits", policy, base["bytes"], base)
+        if "layers" in args.parts:
+            kept = {**policy, "overrides": {"embed_tokens|lm_head": "bf16"}}
+            del kept["io_layers"]
+            bench.budget("budget, layers only", kept, base["bytes"], base)
     if bench.rows:
         last = bench.rows[-1]
         print(

@@ -74,7 +74,7 @@ class ResidualRotation:
 def _cosines(size: int) -> Tensor:
     """Return the orthogonal matrix of the discrete cosine transform of the second kind."""
     k = torch.arange(size, dtype=torch.float64)
-    matrix = torch.cos(math.pi / size * torch.outer(k, k + 0.5)) * (2 / size) ** 0.5
+    matrix: Tensor = torch.cos(math.pi / size * torch.outer(k, k + 0.5)) * (2 / size) ** 0.5
     matrix[0] /= 2**0.5
     return matrix
 
