@@ -10,9 +10,10 @@ with powers of two moved between norm gains or gates and the columns that read t
 the outlier channels of large models. Calibration: the model's own answers to 64 prompts (own), or
 64 texts of the kind that is measured, of the training split (texts).
 
-A budget has the bytes of the uniform row above it; "layers only" leaves embedding and head as they
-are, as uniform rows do. A ratio says nothing where the KL is under three noise floors (bf16
-activations). micro-text and micro-chain are trained first if --micro lacks them, which takes
+Rotated rows fold a rotation of the residual stream into the weights first, where the head is not
+the embedding. A budget has the bytes of the uniform row above it; "layers only" leaves embedding and
+head as they are, as uniform rows do. A ratio says nothing where the KL is under three noise floors
+(bf16 activations). micro-text and micro-chain are trained first if --micro lacks them, which takes
 minutes on two cores (train_micro.py); what they are measured on is held out, whatever machine made
 them. Rows appear as they are done, with --processes those of several models mixed. The last line is
 the table as JSON.
@@ -49,12 +50,13 @@ from fastgpt.quant.evaluate import Evaluation, SourceAnswers
 from fastgpt.quant.family import quantize_family
 from fastgpt.quant.plan import plan_family
 from fastgpt.quant.report import Report
+from fastgpt.quant.rotation import RotatedCheckpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 MICRO = ROOT / "build/micro"
 MODELS = ("tiny-qwen", "tiny-r1", *MICRO_CONFIGS)
 KINDS = ("original", "twin")
-PARTS = ("uniform", "budget", "layers")
+PARTS = ("uniform", "rotated", "budget", "layers")
 Texts = list[list[int]]
 HEADING = (
     f"{'model':17} {'weights':22} {'MB':>6} {'KL mean':>9} {'p99':>9} {'top-1':>8} {'ratio':>7}"
@@ -149,17 +151,25 @@ class Bench:
         )
         self.tokens, _ = token_sequences(own, plain, self.device)
         self.source = plain if kind == "original" else twin_of(plain)
+        assert self.source.config is not None
+        self.is_tied = bool(self.source.config.get("tie_word_embeddings"))
         self.answers = SourceAnswers.of(self.source, self.texts, self.device)
         self.start = time.monotonic()
         self.rows: list[dict[str, Any]] = []
 
     def uniform(
-        self, label: str, policy: Any, base: dict[str, Any] | None = None
+        self,
+        label: str,
+        policy: Any,
+        base: dict[str, Any] | None = None,
+        *,
+        rotate: bool = False,
     ) -> dict[str, Any]:
         """Measure one format for all matrices, beside the row `base`."""
         report = Report()
         planned, _ = plan_family(self.source, Policy.parse(policy))
-        tensors = quantize_family(self.source, planned, report, self.device, self.tokens)
+        source = RotatedCheckpoint(self.source, planned, self.device) if rotate else self.source
+        tensors = quantize_family(source, planned, report, self.device, self.tokens)
         return self._row(label, list(tensors), report, base)
 
     def budget(self, label: str, policy: Any, limit: int, base: dict[str, Any]) -> None:
@@ -234,8 +244,12 @@ def run(model: str, kind: str, args: argparse.Namespace) -> list[dict[str, Any]]
     def compare(name: str) -> None:
         nearest = bench.uniform(f"{name} nearest", uniform(name, "rtn"))
         bench.uniform(f"{name} searched", uniform(name, "auto"), nearest)
+        if "rotated" in args.parts and not bench.is_tied:
+            for label, algorithm in (("nearest", "rtn"), ("searched", "auto")):
+                policy = uniform(name, algorithm)
+                bench.uniform(f"{name} {label}, rotated", policy, nearest, rotate=True)
 
-    if "uniform" in args.parts:
+    if {"uniform", "rotated"} & set(args.parts):
         compare("int4")
         compare("int3")
     if {"budget", "layers"} & set(args.parts) and kind == "original":
