@@ -11,12 +11,12 @@ the outlier channels of large models. Calibration: the model's own answers to 64
 64 texts of the kind that is measured, of the training split (texts).
 
 Rotated rows fold a rotation of the residual stream into the weights first, where the head is not
-the embedding. A budget has the bytes of the uniform row above it; "layers only" leaves embedding and
-head as they are, as uniform rows do. A ratio says nothing where the KL is under three noise floors
-(bf16 activations). micro-text and micro-chain are trained first if --micro lacks them, which takes
-minutes on two cores (train_micro.py); what they are measured on is held out, whatever machine made
-them. Rows appear as they are done, with --processes those of several models mixed. The last line is
-the table as JSON.
+the embedding. A budget has the bytes of the uniform row above it; "layers only" leaves embedding
+and head as they are, as uniform rows do. A ratio says nothing where the KL is under three noise
+floors (bf16 activations). micro-text and micro-chain are trained first if --micro lacks them, which
+takes minutes on two cores (train_micro.py); what they are measured on is held out, whatever machine
+made them. Rows appear as they are done, with --processes those of several models mixed. The last
+line is the table as JSON.
 """
 
 from __future__ import annotations
