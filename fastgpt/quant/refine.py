@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.layers.weights import Source
+from fastgpt.models.placement import resolve_dtype
 from fastgpt.quant.allocate import Additivity, Option, Unit, neighbours
 from fastgpt.quant.family import LayerSearch, dense_values
 from fastgpt.quant.layerwise import LayerWeights, layer_index, stored_in
@@ -62,8 +63,9 @@ class MeasuredPlan:
     """What a plan costs, mean KL in nats.
 
     Attributes:
-        kl: on the sequences that were held out of the search.
-        kl_all: on all that were measured.
+        kl: on the sequences that were held out of the search, in the arithmetic that is served as
+            in a certificate.
+        kl_all: on all that were measured, in float32.
         changes: of kl_all by every step, and the standard error over positions.
     """
 
@@ -114,10 +116,11 @@ def measure_plan(
     search.start(changed_source(outside, read))
     kind, config = search.kind, search.config
 
-    def states(source: Source) -> HiddenStates:
-        return HiddenStates(kind, config, source, tokens, on, torch.float32)
+    def states(source: Source, dtype: torch.dtype = torch.float32) -> HiddenStates:
+        return HiddenStates(kind, config, source, tokens, on, dtype)
 
     exact, whole = states(checkpoint.read), states(changed_source(outside, read))
+    served = states(changed_source(outside, read), _served_dtype(checkpoint, on))
     runs: dict[int, HiddenStates] = {}
     tails: dict[int, Mapping[str, Stored]] = {}  # what a step changes behind the layers
     for s, step in enumerate(steps):
@@ -137,6 +140,7 @@ def measure_plan(
                 runs[s] = whole.fork()
                 runs[s].advance(index, changed_source(changed, stored.__getitem__))
         whole.advance(index, stored.__getitem__, before)
+        served.advance(index, stored.__getitem__)
         exact.advance(index, checkpoint.read)
 
     for item in items:
@@ -162,8 +166,15 @@ def measure_plan(
         change = kl - base
         error = float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
         changes.append((float(change.mean()), error))
-    held_out = base[exact.is_held_out]
+    held_out = divergence(answers, served.logits(source))[exact.is_held_out]
     return MeasuredPlan(float(held_out.mean()), float(base.mean()), changes)
+
+
+def _served_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """Return the type of activations that is served, float32 for float16 that may not hold them."""
+    assert checkpoint.config is not None
+    dtype = resolve_dtype("auto", device, checkpoint.config)
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def rescaled(
