@@ -2,6 +2,7 @@
 """The article's table of tiers, measured: what each loses and how much faster it decodes.
 
     python benchmarks/article_table.py [--device cuda] [--shapes r1-qwen-1.5b]
+                                       [--tiers "binary norms" four-tier]
                                        [--problems 5000 | --quality OUTPUT_OF_TINY_QUALITY]
 
 Per tier, beside the article's figures, which name neither metric nor machine:
@@ -57,7 +58,14 @@ def quality(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         output = args.quality.read_text()
     else:
         command = [sys.executable, str(ROOT / "benchmarks/tiny_quality.py")]
-        command += ["--device", args.device, "--problems", str(args.problems), "--rows", *TIERS]
+        command += [
+            "--device",
+            args.device,
+            "--problems",
+            str(args.problems),
+            "--rows",
+            *args.tiers,
+        ]
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     rows = json.loads(output.strip().splitlines()[-1])["rows"]
     return {row["row"]: row for row in rows}
@@ -116,6 +124,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shapes", nargs="*", choices=sorted(SHAPES), default=["r1-qwen-1.5b"])
+    parser.add_argument("--tiers", nargs="*", choices=list(TIERS), default=list(TIERS))
     parser.add_argument("--problems", type=int, default=5000, help="of each of the three tasks")
     parser.add_argument("--quality", type=Path, help="file with the output of tiny_quality.py")
     parser.add_argument("--prompt", type=int, default=16)
@@ -138,7 +147,7 @@ def main() -> None:
 
     speeds: dict[str, dict[str, float]] = {}
     for shape in args.shapes:
-        speeds[shape] = {name: tokens_per_s(shape, name, args) for name in ("bf16", *TIERS)}
+        speeds[shape] = {name: tokens_per_s(shape, name, args) for name in ("bf16", *args.tiers)}
     found = quality(args) if args.problems or args.quality else {}
 
     heading = "".join(f"  {shape:>14}" for shape in args.shapes)
@@ -146,7 +155,8 @@ def main() -> None:
         f"{'':22}  {'exact match, points':>24}  {'KL mean':>8}  {'article':>7}{heading}  "
         f"{'article':>7}"
     )
-    for name, (loss, faster) in TIERS.items():
+    for name in args.tiers:
+        loss, faster = TIERS[name]
         line = f"{name:22}"
         if name in found:
             interval = "{:+.2f} ({:+.2f} to {:+.2f})".format(*found[name]["change"])

@@ -111,6 +111,7 @@ class RandomCheckpoint(Checkpoint):
         self._policy = policy
         self._specs = {s.name: s for s in family.roles(family.parse_config(config))}
         generator = torch.Generator().manual_seed(seed)
+        self._values: dict[tuple[torch.dtype, int, int], Tensor] = {}
         self._noise = torch.randint(0, 256, (32 << 20,), dtype=torch.uint8, generator=generator)
 
     def names(self) -> list[str]:
@@ -150,12 +151,21 @@ class RandomCheckpoint(Checkpoint):
             elif suffix in {"scale", "offset"}:
                 parts[suffix] = torch.full(shape, 1.0 / 256, dtype=dtype)
             else:  # a plain tensor: gains near 1, weights small
-                values = self._random_bytes(count).to(torch.float32).div_(255.0).sub_(0.5)
-                values.mul_(2.0 * spec.shape[-1] ** -0.5).add_(1.0 if len(shape) == 1 else 0.0)
-                parts[suffix] = values.to(dtype).view(shape)
+                parts[suffix] = self._random_values(dtype, shape)
         if format.is_plain:
             return parts[""]
         return QuantizedTensor(format, tuple(spec.shape), parts)
+
+    def _random_values(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        key = dtype, shape[-1], len(shape)
+        if key not in self._values:  # once: arithmetic on every value takes longer than copies
+            values = self._noise.to(torch.float32).div_(255.0).sub_(0.5)
+            values.mul_(2.0 * shape[-1] ** -0.5).add_(1.0 if len(shape) == 1 else 0.0)
+            self._values[key] = values.to(dtype)
+        out = torch.empty(shape, dtype=dtype)
+        for part in out.view(-1).split(self._noise.numel()):
+            part.copy_(self._values[key][: part.numel()])
+        return out
 
     def _random_bytes(self, count: int) -> Tensor:
         return self._noise.repeat(-(-count // self._noise.numel()))[:count].clone()

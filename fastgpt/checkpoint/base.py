@@ -59,3 +59,7 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: if there is no such weight or its bytes are damaged.
         """
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of one weight in the model that was opened."""
+        return self.read(name).nbytes

@@ -40,6 +40,9 @@ def quantize(
     min_top1: Annotated[
         float | None, typer.Option(help="Least share of same top tokens, such as 0.98.")
     ] = None,
+    rotate: Annotated[
+        str, typer.Option(help="The residual stream: never, always, or auto: where it helps.")
+    ] = "never",
     calibration: Annotated[
         str, typer.Option(help="self (the model's own generations), none, or a text file.")
     ] = "self",
@@ -76,6 +79,7 @@ def quantize(
         tokenizer=tokenizer,
         sensitive="auto" if sensitive == ["auto"] else sensitive or (),
         budget=_budget(budget, max_kl, min_top1),
+        rotate=rotate,
         calibration=replace(Calibration.parse(calibration), seed=seed),
         device=None if device is None else resolve_device(device),
         model_config=model_config,

@@ -1,8 +1,9 @@
 """Which format each weight gets when the whole model has a budget.
 
 For every unit of weights and every format the bytes are known and the loss is predicted (see
-sensitivity.py). Small losses add up, nearly, so the choice is a knapsack.
-Source: the multiple-choice knapsack by its convex hulls, Sinha and Zoltners 1979.
+sensitivity.py). Small losses add up, nearly, so the choice is a knapsack. The frontier is that of
+the convex hulls (Sinha and Zoltners 1979); a given size is solved exactly, by dynamic programming
+over sizes in steps of its 131,072nd part.
 """
 
 from __future__ import annotations
@@ -13,15 +14,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from fastgpt.errors import ConfigError
 from fastgpt.quant.plan import PlannedTensor
 from fastgpt.scheme import Format
 from fastgpt.units import resolve_bytes
 
-__all__ = ["Additivity", "Budget", "Option", "Solution", "Unit", "keep_sensitive", "solve"]
+__all__ = [
+    "Additivity",
+    "Budget",
+    "Option",
+    "Solution",
+    "Unit",
+    "keep_sensitive",
+    "neighbours",
+    "solve",
+]
 
 _MAX_CHANGES = 4096  # of single units that are tried in pairs
+_CELLS = 1 << 17  # into which a size is divided
 
 
 @dataclass(frozen=True)
@@ -178,9 +190,49 @@ def solve(
     best, size = chosen or (at, size)
     picked = [hull[k] for hull, k in zip(hulls, best, strict=True)]
     if max_bytes is not None:
+        exact = _knapsack(units, max_bytes - fixed_bytes)
+        if exact is not None and sum(o.loss for o in exact) < sum(o.loss for o in picked):
+            picked, size = exact, fixed_bytes + sum(o.num_bytes for o in exact)
         size = _fill(units, picked, size, max_bytes)
     total = sum(option.loss for option in picked)
     return Solution(tuple(picked), size, together.loss(total), tuple(frontier))
+
+
+def neighbours(unit: Unit, chosen: Option) -> list[Option]:
+    """Return the options of the hull next below and next above the chosen one, where there are."""
+    hull = _hull(unit.options)
+    below = [o for o in hull if o.num_bytes < chosen.num_bytes]
+    above = [o for o in hull if o.num_bytes > chosen.num_bytes]
+    return below[-1:] + above[:1]
+
+
+def _knapsack(units: Sequence[Unit], max_bytes: float) -> list[Option] | None:
+    """Return the choices of least loss, every size rounded up to a cell; None where none fits."""
+    cell = max(1, int(max_bytes) // _CELLS)
+    cells = int(max_bytes) // cell
+    least = torch.zeros(cells + 1, dtype=torch.float64)  # by cells that may be used
+    picks: list[Tensor] = []
+    for unit in units:
+        best = torch.full_like(least, math.inf)
+        pick = torch.zeros(cells + 1, dtype=torch.uint8)
+        for k, option in enumerate(unit.options):
+            size = -(-option.num_bytes // cell)
+            if size > cells:
+                continue
+            tried = least[: cells + 1 - size] + option.loss
+            better = tried < best[size:]
+            best[size:] = torch.where(better, tried, best[size:])
+            pick[size:].masked_fill_(better, k)
+        least = best
+        picks.append(pick)
+    if not math.isfinite(float(least[-1])):
+        return None
+    chosen, at = [], cells
+    for unit, pick in zip(reversed(units), reversed(picks), strict=True):
+        option = unit.options[int(pick[at])]
+        chosen.append(option)
+        at -= -(-option.num_bytes // cell)
+    return chosen[::-1]
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:

@@ -39,7 +39,7 @@ class Calibration:
         prompts: for "self": texts, chats (lists of messages) or token ids.
         num_sequences: most sequences used; every fourth is held out to choose with. "self" writes
             no more than small models need: 32 tokens per column of the widest weight, at full
-            length, and 16 sequences at least.
+            length, and 16 sequences or one per prompt at least.
         num_evaluation: most sequences kept apart from them to measure the finished model on.
         length: tokens of a generated or cut sequence.
         seed: of generations and draws.
@@ -168,6 +168,7 @@ def _enough_sequences(calibration: Calibration, checkpoint: Checkpoint, length: 
     specs = kind.roles(kind.parse_config(checkpoint.config))
     widest = max(spec.shape[-1] for spec in specs if len(spec.shape) > 1)
     enough = max(_LEAST_SEQUENCES, -(-_TOKENS_PER_COLUMN * widest // length))
+    enough = max(enough, len(calibration.prompts))  # what was asked is answered
     return min(calibration.num_sequences, enough)
 
 

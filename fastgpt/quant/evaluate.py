@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,13 +37,43 @@ from fastgpt.quant.observe import HiddenStates
 from fastgpt.quant.ranges import ActivationRanges
 from fastgpt.scheme import QuantizedTensor
 
-__all__ = ["Evaluation", "stored_nll"]
+__all__ = ["Evaluation", "SourceAnswers", "stored_nll"]
 
 Stored = Tensor | QuantizedTensor
 
 _NEAR_FLOOR = 3.0  # a KL under this many floors says little
 _NUM_DRAWS = 2000  # of the bootstrap
 _AT_ONCE = 1 << 25  # logits compared together; float64 takes eight times the bytes, a few times
+
+
+@dataclass(frozen=True)
+class SourceAnswers:
+    """What the source answers on some tokens, to compare several models with.
+
+    Attributes:
+        logits: one [tokens, vocab] per group of sequences (see `HiddenStates.groups`), float32.
+        rounded: the same of the source in bfloat16.
+    """
+
+    logits: list[Tensor]
+    rounded: list[Tensor]
+
+    @staticmethod
+    def of(
+        checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], device: torch.device | None
+    ) -> SourceAnswers:
+        """Return the answers of a checkpoint; they lie on the device."""
+        assert checkpoint.config is not None
+        kind = family(checkpoint.config)
+        config = kind.parse_config(checkpoint.config)
+        on, read = device or torch.device("cpu"), checkpoint.read
+        answers = []
+        for dtype in (torch.float32, torch.bfloat16):
+            states = HiddenStates(kind, config, read, sequences, on, dtype)
+            for index in range(config.num_layers):
+                states.advance(index, read)
+            answers.append(list(states.logits(read)))
+        return SourceAnswers(*answers)
 
 
 class Evaluation:
@@ -54,6 +85,7 @@ class Evaluation:
         device: where to run; None is the CPU.
         ranges: records the activations of the quantized model.
         pool: of the device, for the weights of the layer that runs; its own without one.
+        answers: of the source on these sequences; without them it runs beside the model.
     """
 
     def __init__(
@@ -63,8 +95,10 @@ class Evaluation:
         device: torch.device | None,
         ranges: ActivationRanges | None = None,
         pool: GPTMemoryPool | None = None,
+        answers: SourceAnswers | None = None,
     ) -> None:
         assert checkpoint.config is not None
+        self._answers = answers
         self.figures: dict[str, Any] = {}
         self._checkpoint = checkpoint
         self._kind = family(checkpoint.config)
@@ -90,8 +124,9 @@ class Evaluation:
         read = self._checkpoint.read
         rest: dict[str, Stored] = {}
         read_rest = read_back or rest.__getitem__
-        source = self._states(read, torch.float32)
-        rounded = self._states(read, torch.bfloat16)
+        beside: list[HiddenStates] = []
+        if self._answers is None:
+            beside = [self._states(read, dtype) for dtype in (torch.float32, torch.bfloat16)]
         stored: list[HiddenStates] = []
         for index, run in itertools.groupby(tensors, lambda item: layer_index(item[0])):
             if index is None or index >= self._config.num_layers:
@@ -105,15 +140,19 @@ class Evaluation:
                 layer[name] = tensor
                 yield name, tensor
             stored = stored or [self._states(read_rest, dtype) for dtype in self._dtypes]
-            source.advance(index, read)
-            rounded.advance(index, read)
+            for states in beside:
+                states.advance(index, read)
             for states in stored[:-1]:
                 states.advance(index, layer.__getitem__)
             stored[-1].advance(index, layer.__getitem__, ranges=self.ranges)
         if self.ranges.fp16_overflows():
             stored = stored[-1:]
+        known = self._answers
         self.figures = self._compare(
-            source.logits(read), rounded.logits(read), stored[0].logits(read_rest)
+            stored[0].groups,
+            beside[0].logits(read) if known is None else known.logits,
+            beside[1].logits(read) if known is None else known.rounded,
+            stored[0].logits(read_rest),
         )
         self.figures["arithmetic"] = f"{_name(stored[0].dtype)} on {self._device.type}"
 
@@ -123,33 +162,39 @@ class Evaluation:
         )
 
     def _compare(
-        self, source: Iterator[Tensor], rounded: Iterator[Tensor], stored: Iterator[Tensor]
+        self,
+        sequence_groups: list[list[int]],
+        source: Iterable[Tensor],
+        rounded: Iterable[Tensor],
+        stored: Iterable[Tensor],
     ) -> dict[str, Any]:
-        """Return the figures of three runs of logits, one [tokens, vocab] per sequence."""
-        order = HiddenStates.order(self._sequences)
+        """Return the figures of three runs of logits, one [tokens, vocab] per group."""
         divergences: list[Tensor] = []
         floors: list[Tensor] = []
         same: list[Tensor] = []
         before: list[Tensor] = []
         after: list[Tensor] = []
-        for at, a, b, c in zip(order, source, rounded, stored, strict=True):
-            next_ids = torch.tensor([*self._sequences[at][1:], 0], device=a.device)
+        for group, a, b, c in zip(sequence_groups, source, rounded, stored, strict=True):
+            lengths = [len(self._sequences[at]) for at in group]
+            # Nothing follows the last token of a sequence: its 0 is dropped below.
+            following = [token for at in group for token in (*self._sequences[at][1:], 0)]
+            next_ids = torch.tensor(following, device=a.device)
             step = max(1, _AT_ONCE // a.shape[1])
             pieces = [
                 _compare_rows(*rows)
                 for rows in zip(*(x.split(step) for x in (a, b, c, next_ids)), strict=True)
             ]
-            columns = [torch.cat(column) for column in zip(*pieces, strict=True)]
+            columns = [torch.cat(column).split(lengths) for column in zip(*pieces, strict=True)]
             for figures, column in zip((divergences, floors, same), columns, strict=False):
-                figures.append(column)
-            before.append(columns[3][:-1])  # nothing follows the last token
-            after.append(columns[4][:-1])
+                figures += column
+            before += [column[:-1] for column in columns[3]]
+            after += [column[:-1] for column in columns[4]]
         kl, floor = torch.cat(divergences), float(torch.cat(floors).mean())
         ratio, low, high = _ratio(before, after)
         mean = float(kl.mean())
         return {
             "positions": kl.numel(),
-            "num_sequences": len(order),
+            "num_sequences": len(self._sequences),
             "kl_mean": mean,
             "kl_mean_95": bootstrap_interval(divergences),
             "kl_median": _quantile(kl, 0.5),
@@ -224,11 +269,11 @@ def stored_nll(
     states = HiddenStates(kind, config, checkpoint.read, sequences, on, dtype)
     for index in range(config.num_layers):
         states.advance(index, checkpoint.read)
-    order = HiddenStates.order(sequences)
-    parts = [
-        next_token_nll(logits.double().log_softmax(-1), sequences[at])
-        for at, logits in zip(order, states.logits(checkpoint.read), strict=True)
-    ]
+    parts = []
+    for group, logits in zip(states.groups, states.logits(checkpoint.read), strict=True):
+        lengths = [len(sequences[at]) for at in group]
+        for at, rows in zip(group, logits.double().log_softmax(-1).split(lengths), strict=True):
+            parts.append(next_token_nll(rows, sequences[at]))
     return float(torch.cat(parts).mean())
 
 

@@ -8,7 +8,7 @@ are rounded: y = W (γ ⊙ x) = (W diag(γ / γ̂)) (γ̂ ⊙ x), so only the ro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -82,7 +82,7 @@ def quantize_family(
         if not sequences or not any(is_searched(item.format) for item in planned):
             norms, residuals = _binary_norms(checkpoint, planned)
             pool = pool or GPTMemoryPool(device or "cpu")
-            one = partial(_one, read, norms, residuals, report, device, pool)
+            one = partial(_one, checkpoint, read, norms, residuals, report, device, pool)
             for item in planned:
                 stored = finished(item.name)
                 yield item.name, one(item) if stored is None else stored
@@ -157,6 +157,7 @@ def _read(read: Source, item: PlannedTensor) -> Stored:
 
 
 def _one(
+    checkpoint: Checkpoint,
     read: Source,
     norms: dict[str, QuantizedTensor],
     residuals: dict[str, torch.Tensor],
@@ -170,12 +171,12 @@ def _one(
     source = _read(read, item)
     fold = residuals.get(item.name)
     if item.name in norms:
-        _count(report, item, source, norms[item.name])  # the fold makes up for its error
+        _count(report, checkpoint, item, norms[item.name])  # the fold makes up for its error
         return norms[item.name]
     if item.format is None and fold is None:
         if isinstance(source, torch.Tensor):
             _check_finite(source, item)
-        _count(report, item, source, source)
+        _count(report, checkpoint, item, source)
         return source
     wanted = dense_values(source, item.name)
     if device is not None and device.type != "cpu":
@@ -187,10 +188,10 @@ def _one(
     if is_searched(fmt):
         _check_finite(wanted, item)
         choice = choose(wanted, fmt, stats, item.name)
-        _count(report, item, source, choice.stored, wanted, choice)
+        _count(report, checkpoint, item, choice.stored, wanted, choice)
         return on_host(choice.stored)
     result = round_tensor(wanted, fmt, item.name)
-    _count(report, item, source, result, wanted)
+    _count(report, checkpoint, item, result, wanted)
     return on_host(result)
 
 
@@ -201,6 +202,7 @@ class LayerSearch:
         config: the family's configuration.
         norms: the norms that are stored in two levels.
         residuals: by reader, what it absorbs of them.
+        observed: names whose inputs are watched though their codes are not searched.
         states: the tokens behind the layers that are done, all of them quantized.
         weights: the last layer between reading and rounding.
     """
@@ -217,10 +219,12 @@ class LayerSearch:
         sequences: Sequence[Sequence[int]],
         pool: GPTMemoryPool | None = None,
         ranges: ActivationRanges | None = None,
+        observed: Container[str] = (),
         *,
         read: Source | None = None,
     ) -> None:
         assert checkpoint.config is not None
+        self.observed = observed
         self.device = device or torch.device("cpu")
         self.pool = pool or GPTMemoryPool(self.device)
         self.ranges = ranges
@@ -231,7 +235,9 @@ class LayerSearch:
         self.norms, self.residuals = _binary_norms(checkpoint, planned)
         self.report = report
         self.sequences = sequences
-        self._one = partial(_one, self._read, self.norms, self.residuals, report, device, self.pool)
+        self._one = partial(
+            _one, checkpoint, self._read, self.norms, self.residuals, report, device, self.pool
+        )
 
     def start(self, source: Source) -> None:
         """Look the tokens up in the embedding of `source`, as it is stored."""
@@ -285,11 +291,13 @@ class LayerSearch:
         def read_before(name: str) -> Stored:
             return self.norms[name] if name in self.norms else before[name]
 
-        wanted = [item.name for item in items if is_searched(item.format)]
+        searched = [item.name for item in items if is_searched(item.format)]
+        wanted = [i.name for i in items if is_searched(i.format) or i.name in self.observed]
         if wanted:
             work.stats = self.states.observe_layer(
                 index, read_before, wanted, _gram_limit(items, wanted)
             )
+        if searched:
             quantize_layer(work, self._norm_sites(items), self.kind.value_heads(self.config))
         stored = {i.name: self._store(i, sources[i.name], work, before) for i in items}
         # What is stored as it was placed lies where the next layer comes.
@@ -338,21 +346,21 @@ class LayerSearch:
         before: dict[str, torch.Tensor],
     ) -> Stored:
         if item.name in self.norms:
-            _count(self.report, item, source, self.norms[item.name])
+            _count(self.report, self.checkpoint, item, self.norms[item.name])
             return self.norms[item.name]
         value = work.dense[item.name]
         is_changed = value is not before[item.name] or item.name in self.residuals
         choice = work.choices.get(item.name)
         if choice is not None:
             how = work.transforms.get(item.name)
-            _count(self.report, item, source, choice.stored, value, choice, how)
+            _count(self.report, self.checkpoint, item, choice.stored, value, choice, how)
             return choice.stored
         if item.format is None and not is_changed:
-            _count(self.report, item, source, source)
+            _count(self.report, self.checkpoint, item, source)
             return source
         fmt = item.format or _kept_format(source, item)
         result = round_tensor(value, fmt, item.name)
-        _count(self.report, item, source, result, value)
+        _count(self.report, self.checkpoint, item, result, value)
         return result
 
 
@@ -410,8 +418,8 @@ def _check_finite(source: torch.Tensor, item: PlannedTensor) -> None:
 
 def _count(
     report: Report,
+    checkpoint: Checkpoint,
     item: PlannedTensor,
-    source: Stored,
     result: Stored,
     wanted: torch.Tensor | None = None,
     choice: Choice | None = None,
@@ -424,8 +432,8 @@ def _count(
         item.name,
         role=item.role,
         fmt=_format_name(result),
-        num_values=source.shape.numel() if isinstance(source, torch.Tensor) else _numel(source),
-        before_bytes=source.nbytes,
+        num_values=torch.Size(item.shape).numel(),
+        before_bytes=checkpoint.nbytes(item.name),
         after_bytes=result.nbytes,
         squared_error=squared_error,
         squared_norm=squared_norm,
@@ -439,10 +447,6 @@ def _count(
             nearest_error=choice.nearest_error,
             on_outputs=choice.on_outputs,
         )
-
-
-def _numel(source: QuantizedTensor) -> int:
-    return torch.Size(source.shape).numel()
 
 
 def _format_name(result: Stored) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt.models.spec import ValueHeads
 from fastgpt.quant.input_stats import InputStats
+from fastgpt.quant.rounding import round_tensor
 from fastgpt.quant.search import Choice, choose_joined, is_searched, quick_error
 from fastgpt.quant.transforms import (
     ALPHAS,
@@ -25,9 +26,9 @@ from fastgpt.quant.transforms import (
     scaled,
     value_rows,
 )
-from fastgpt.scheme import Format
+from fastgpt.scheme import Format, QuantizedTensor
 
-__all__ = ["LayerWeights", "NormSite", "layer_index", "quantize_layer"]
+__all__ = ["LayerWeights", "NormSite", "layer_index", "quantize_layer", "stored_in"]
 
 # A transformation must lower the quick error by this share to be worth trying in full.
 _LEAST_GAIN = 0.01
@@ -151,6 +152,22 @@ def _keep_if_better(
     return True
 
 
+def stored_in(
+    layer: LayerWeights, names: Iterable[str], fmt: Format | None
+) -> dict[str, Tensor | QuantizedTensor]:
+    """Return weights of a layer that is quantized as they would be stored in another format.
+
+    The layer stays as it is: transformed for the formats it was quantized in.
+    """
+    dense = {name: layer.dense[name] for name in names}
+    if fmt is None:
+        return dict(dense)
+    if not is_searched(fmt):
+        return {name: round_tensor(weight, fmt, name) for name, weight in dense.items()}
+    other = replace(layer, formats=dict.fromkeys(dense, fmt))
+    return {name: c.stored for name, c in _choose(other, dense, layer.stats).items()}
+
+
 def _scale_norm(layer: LayerWeights, site: NormSite) -> None:
     """Divide a norm's gain by a scale that its readers absorb."""
     searched = layer.searched(site.readers)
@@ -167,8 +184,9 @@ def _scale_norm(layer: LayerWeights, site: NormSite) -> None:
     factor = torch.where(gain != 0, gain / stored, torch.ones_like(gain))
     changed = {n: layer.dense[n] * factor for n in site.readers}
     changed[site.gain] = stored
-    after = {id(seen): scaled(seen, factor) for seen in (layer.stats[n] for n in searched)}
-    stats = {n: after[id(layer.stats[n])] for n in searched}
+    seen = [n for n in site.readers if n in layer.stats]
+    after = {id(stats): scaled(stats, factor) for stats in (layer.stats[n] for n in seen)}
+    stats = {n: after[id(layer.stats[n])] for n in seen}
     _keep_if_better(layer, changed, stats, "scaled")
 
 

@@ -35,6 +35,8 @@ from fastgpt.quant.ranges import ActivationRanges
 __all__ = ["HiddenStates"]
 
 _CHUNK_TOKENS = 4096  # of one pass through a layer, at least one sequence
+_CHUNK_VALUES = 1 << 23  # of hidden states in one pass on a GPU: narrow models wait for launches
+_LOGITS = 1 << 25  # that are made together, at least one sequence
 _BLOCK_SIZE = 32
 _HELD_OUT = 4  # every fourth sequence is held out: used to choose, never to fit
 
@@ -143,8 +145,17 @@ class HiddenStates:
         self._pool = pool
         longest = max(len(ids) for ids in sequences)
         self._cos_sin = cos_sin_table(config.rope, longest).to(device)
-        self._chunks = list(_chunks(sequences))
-        self._batches = [_batch(chunk, device) for chunk, _ in self._chunks]
+        limit = _CHUNK_TOKENS
+        if device.type == "cuda":
+            limit = max(limit, _CHUNK_VALUES // config.hidden_size)
+        chunks = list(_chunks(sequences, limit))
+        self._held_out = [held_out for _, held_out in chunks]
+        self._groups = [
+            list(_split(chunk, sequences, max(1, _LOGITS // config.vocab_size)))
+            for chunk, _ in chunks
+        ]
+        self._lengths = [len(ids) for ids in sequences]
+        self._batches = [_batch([sequences[i] for i in chunk], device) for chunk, _ in chunks]
         loader = self._loader(source, WeightLoader)
         shape = (config.vocab_size, config.hidden_size)
         embedding = loader.dense("model.embed_tokens.weight", shape)
@@ -169,7 +180,7 @@ class HiddenStates:
         watch = _Watch(frozenset(wanted), max_gram_cols)
         layer, norm = self._load(i, source, watch)
         for at, residual in self._states.visit():
-            watch.held_out = self._chunks[at][1]
+            watch.held_out = self._held_out[at]
             self._move(at, residual, layer, norm)
         return watch.stats
 
@@ -203,18 +214,27 @@ class HiddenStates:
         loader = self._loader(source, WeightLoader)
         norm = loader.norm("model.norm.weight", self.config.hidden_size, self.config.norm_eps)
         for at, states in self._states.visit():
-            watch.held_out = self._chunks[at][1]
+            watch.held_out = self._held_out[at]
             watch.show([name], norm(states))
         return watch.stats[name]
 
-    @staticmethod
-    def order(sequences: Sequence[Sequence[int]]) -> list[int]:
-        """Return the positions of the sequences in the order in which they pass."""
-        held_out = [i for i in range(len(sequences)) if i % _HELD_OUT == _HELD_OUT - 1]
-        return [i for i in range(len(sequences)) if i % _HELD_OUT != _HELD_OUT - 1] + held_out
+    @property
+    def groups(self) -> list[list[int]]:
+        """The positions of the sequences whose logits are made together, in order."""
+        return [group for groups in self._groups for group in groups]
+
+    @property
+    def is_held_out(self) -> Tensor:
+        """Whether each position of `logits` is of a sequence held out of the search, bool."""
+        return torch.cat(
+            [
+                torch.full((len(batch.token_ids),), held_out)
+                for (batch, _), held_out in zip(self._batches, self._held_out, strict=True)
+            ]
+        )
 
     def logits(self, source: Source) -> Iterator[Tensor]:
-        """Yield the next-token logits of each sequence, [tokens, vocab] float32; see `order`."""
+        """Yield the next-token logits of each of the `groups`, [tokens, vocab] float32."""
         config, loader = self.config, self._loader(source, WeightLoader)
         norm = loader.norm("model.norm.weight", config.hidden_size, config.norm_eps)
         shape = (config.vocab_size, config.hidden_size)
@@ -222,7 +242,8 @@ class HiddenStates:
         embedding = loader.dense("model.embed_tokens.weight", shape) if tied else torch.empty(0)
         head = load_head(loader, embedding, *shape, tied)
         for at, states in self._states.visit():
-            for rows in norm(states).split([len(ids) for ids in self._chunks[at][0]]):
+            lengths = [sum(self._lengths[i] for i in group) for group in self._groups[at]]
+            for rows in norm(states).split(lengths):
                 out = torch.empty((len(rows), shape[0]), dtype=torch.float32, device=self.device)
                 yield head(rows, out=out)
 
@@ -290,19 +311,30 @@ def _watch_experts(
     experts.product = product
 
 
-def _chunks(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[list[Sequence[int]], bool]]:
-    """Yield runs of sequences that fit one pass, and whether they are held out."""
+def _chunks(
+    sequences: Sequence[Sequence[int]], max_tokens: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield positions of sequences that fit one pass, and whether they are held out."""
     for held_out in (False, True):
-        chunk: list[Sequence[int]] = []
-        for i, ids in enumerate(sequences):
-            if (i % _HELD_OUT == _HELD_OUT - 1) != held_out:
-                continue
-            if chunk and sum(map(len, chunk)) + len(ids) > _CHUNK_TOKENS:
-                yield chunk, held_out
-                chunk = []
-            chunk.append(ids)
-        if chunk:
+        members = [i for i in range(len(sequences)) if (i % _HELD_OUT == _HELD_OUT - 1) == held_out]
+        for chunk in _split(members, sequences, max_tokens):
             yield chunk, held_out
+
+
+def _split(
+    members: Sequence[int], sequences: Sequence[Sequence[int]], max_tokens: int
+) -> Iterator[list[int]]:
+    """Yield runs of members of so many tokens in all, at least one member each."""
+    run: list[int] = []
+    count = 0
+    for i in members:
+        if run and count + len(sequences[i]) > max_tokens:
+            yield run
+            run, count = [], 0
+        run.append(i)
+        count += len(sequences[i])
+    if run:
+        yield run
 
 
 def _flat(chunk: Sequence[Sequence[int]]) -> Tensor:

@@ -14,9 +14,9 @@ from fastgpt.quant.layerwise import layer_index
 from fastgpt.quant.policy import Parameter, Policy
 from fastgpt.scheme import Format
 
-__all__ = ["PlannedTensor", "blocks_of", "plan_family"]
+__all__ = ["MTP_ROLE", "PlannedTensor", "blocks_of", "plan_family"]
 
-_MTP_ROLE = "mtp"
+MTP_ROLE = "mtp"
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # computed from the configuration, not a weight
 
 
@@ -80,7 +80,7 @@ def plan_family(checkpoint: Checkpoint, policy: Policy) -> tuple[list[PlannedTen
     _check_roles_took_bytes(planned, policy)
     for name in mtp:
         shape = tuple(checkpoint.read(name).shape)
-        planned.append(PlannedTensor(name, shape, _MTP_ROLE, Format("bf16")))
+        planned.append(PlannedTensor(name, shape, MTP_ROLE, Format("bf16")))
     if mtp:
         notes.append(f"{len(mtp)} multi-token prediction weights are kept in bf16 and not loaded")
     return planned, notes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from fastgpt.errors import ConfigError
 from fastgpt.quant.allocate import Additivity, Budget, Option, Unit, keep_sensitive, solve
 from fastgpt.quant.plan import PlannedTensor, plan_family
 from fastgpt.quant.policy import Policy
+from fastgpt.quant.refine import MeasuredPlan, Step, measure_plan, rescaled, steps_around
+from fastgpt.quant.rotation import RotatedCheckpoint, why_not_rotated
 from fastgpt.quant.sensitivity import is_free, measure_units
 from fastgpt.scheme import Format
 
@@ -33,6 +36,8 @@ class Planner:
         budget: the formats of all matrices that no override or sensitive name decides are chosen
             by it; None leaves them to the policy.
         keeps_sensitive: whether the costliest weights stay fp16.
+        rotate: whether the residual stream is rotated: "never", "always", or "auto", where that
+            answers better on the sequences that were held out of the search.
         device: where losses are measured.
         calibration: returns the tokens to measure them on.
 
@@ -48,6 +53,7 @@ class Planner:
         budget: Budget | None,
         *,
         keeps_sensitive: bool,
+        rotate: str,
         device: torch.device | None,
         calibration: Callable[[], Sequence[Sequence[int]]],
     ) -> None:
@@ -57,10 +63,13 @@ class Planner:
         self._policy = policy
         self._budget = budget
         self._keeps_sensitive = keeps_sensitive
+        self._rotate = rotate
+        self._is_rotated = False
         self._device = device
         self._calibration = calibration
         self._planned: list[PlannedTensor] | None = None
         self._units: list[Unit] = []
+        self._options: Sequence[Option] = ()  # of the last solution, one for every unit
         self._together = Additivity()
         self._max_loss: float | None = None
 
@@ -76,8 +85,15 @@ class Planner:
             planned, self.notes = plan_family(self._checkpoint, self._policy)
             if self._budget is not None or self._keeps_sensitive:
                 planned = self._solved(planned)
+            if self._rotate != "never":
+                self._is_rotated = self._rotates(planned)
             self._planned = planned
         return self._planned
+
+    def quantized_source(self, source: Checkpoint) -> Checkpoint:
+        """Return what the plan quantizes: the source, or its function with a rotated stream."""
+        planned = self.planned()
+        return RotatedCheckpoint(source, planned, self._device) if self._is_rotated else source
 
     @property
     def has_limits(self) -> bool:
@@ -144,6 +160,7 @@ class Planner:
             "notes": self.notes,
             "allocation": self.allocation,
             "max_loss": self._max_loss,
+            "rotated": self._is_rotated,
             "together": [self._together.scale, self._together.power],
             "units": [
                 [
@@ -161,6 +178,7 @@ class Planner:
         self._planned = [replace(item, format=formats[item.name]) for item in planned]
         self.notes, self.allocation = list(plan["notes"]), plan["allocation"]
         self._max_loss = plan["max_loss"]
+        self._is_rotated = plan["rotated"]
         self._together = Additivity(*plan["together"])
         self._units = [
             Unit(
@@ -198,8 +216,71 @@ class Planner:
             if self._budget.max_kl is None and not has_size:
                 assert self._budget.min_top1 is not None
                 self._max_loss = _loss_of(self._budget.min_top1)
-            planned = self._allocated(planned)
+            planned = self._refined(self._allocated(planned), sequences)
         return planned
+
+    def _rotates(self, planned: list[PlannedTensor]) -> bool:
+        """Tell whether the residual stream is to be rotated; says in the notes why.
+
+        Raises:
+            ConfigError: it shall be and cannot be; or nothing to measure on.
+        """
+        reason = why_not_rotated(self._checkpoint, planned)
+        if reason is not None:
+            if self._rotate == "always":
+                raise ConfigError(f"rotate is 'always', but the model cannot be rotated: {reason}")
+            self.notes.append(f"residual stream not rotated: {reason}")
+            return False
+        if self._rotate == "always":
+            self.notes.append("residual stream rotated, unmeasured")
+            return True
+        sequences = self._calibration()
+        if not sequences:
+            raise ConfigError(
+                "rotate 'auto' needs calibration data; leave calibration at 'self', give some, or "
+                "choose 'always' or 'never'"
+            )
+        rotated = RotatedCheckpoint(self._checkpoint, planned, self._device)
+        measure = partial(measure_plan, self._checkpoint, planned, (), (), sequences, self._device)
+        before, after = measure().kl, measure(rotated=rotated).kl
+        verdict = "rotated" if after < before else "not rotated"
+        self.notes.append(
+            f"residual stream {verdict}: KL {after:.4g} with a rotation, {before:.4g} without, on "
+            "held-out calibration sequences"
+        )
+        return after < before
+
+    def _refined(
+        self, planned: list[PlannedTensor], sequences: Sequence[Sequence[int]]
+    ) -> list[PlannedTensor]:
+        """Return the plan after measuring it as a whole and stepping around it; see refine.py.
+
+        Within a size the new plan must cost less than the old one on the sequences no search saw.
+        """
+        assert self._budget is not None
+        additive = self.allocation["predicted_kl"]
+        units, options = self._units, self._options
+        steps = steps_around(units, options)
+
+        def measure(plan: list[PlannedTensor], around: Sequence[Step]) -> MeasuredPlan:
+            return measure_plan(self._checkpoint, plan, units, around, sequences, self._device)
+
+        first = measure(planned, steps)
+        self._units, self._together = rescaled(units, options, steps, first)
+        after = self._allocated(planned)
+        loss = first.kl
+        if self.allocation["max_bytes"] is not None and after != planned:
+            loss = measure(after, []).kl
+            if loss > first.kl:
+                self._units, loss = units, first.kl
+                after = self._allocated(planned)
+        total = sum(option.loss for option in self._options)
+        if self.allocation["max_bytes"] is not None and total > 0:
+            self._together = Additivity(loss / total)
+            after = self._allocated(planned)
+        self.allocation["additive_kl"] = additive
+        self.allocation["first_plan_kl"] = first.kl
+        return after
 
     def _allocated(self, planned: list[PlannedTensor]) -> list[PlannedTensor]:
         """Return the plan with the formats that fit the budget best."""
@@ -225,6 +306,7 @@ class Planner:
             max_loss=self._max_loss,
             together=self._together,
         )
+        self._options = solution.options
         formats = {
             name: option.format
             for unit, option in zip(self._units, solution.options, strict=True)

@@ -38,7 +38,17 @@ from fastgpt.quant.rounding import round_tensor
 from fastgpt.quant.search import is_searched, output_error, quick_error
 from fastgpt.scheme import Format, QuantizedTensor
 
-__all__ = ["OPTIONS", "is_free", "measure_units", "unit_of"]
+__all__ = [
+    "EMBEDDING",
+    "HEAD",
+    "OPTIONS",
+    "changed_source",
+    "divergence",
+    "is_free",
+    "measure_units",
+    "measured_tokens",
+    "unit_of",
+]
 
 Stored = Tensor | QuantizedTensor
 
@@ -56,8 +66,10 @@ _CHOICES: tuple[str | dict[str, Any], ...] = (
 OPTIONS = tuple(Format.parse(value) for value in _CHOICES)
 PROBES = (Format.parse(_INT3), Format.parse(_INT4))
 _FREE_ROLES = ("attention_weights", "residual_connections", "io_layers")
-_EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EMBEDDING, HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 8192  # whose distributions are compared for every unit
+_MOST_GPU_TOKENS = 1 << 16  # the same where they cost no more multiplications than _GPU_WORK
+_GPU_WORK = 10**14
 _STATE_BYTES = 4 << 30  # of hidden states that wait on the host, above the least tokens
 _SLOPE_SPREAD = 0.15  # of b between units of one model, about
 _LEAST_KL = 1e-12
@@ -66,7 +78,7 @@ _LEAST_KL = 1e-12
 def is_free(item: PlannedTensor) -> bool:
     """Tell whether a budget may choose the format of a tensor: a matrix of a layer, or of IO."""
     is_matrix = len(item.shape) == 2 and item.role in _FREE_ROLES
-    inside = layer_index(item.name) is not None or item.name in (_EMBEDDING, _HEAD)
+    inside = layer_index(item.name) is not None or item.name in (EMBEDDING, HEAD)
     return is_matrix and inside
 
 
@@ -109,8 +121,8 @@ class _Probe:
         chosen = set(free)
         items = [replace(i, format=fmt) if i.name in chosen else i for i in planned]
         search = LayerSearch(checkpoint, items, Report(), device, tokens)
-        stored = {i.name: search.alone(i) for i in items if i.name == _EMBEDDING}
-        search.start(_with(stored, checkpoint.read))
+        stored = {i.name: search.alone(i) for i in items if i.name == EMBEDDING}
+        search.start(changed_source(stored, checkpoint.read))
         return _Probe(fmt, items, search, stored)
 
 
@@ -141,8 +153,7 @@ def measure_units(
     keys: dict[str, list[str]] = {}
     for name in free:
         keys.setdefault(unit_of(name), []).append(name)
-    token_bytes = 4 * (config.vocab_size + len(keys) * len(PROBES) * config.hidden_size)
-    tokens = _first_tokens(sequences, _STATE_BYTES // token_bytes)
+    tokens = measured_tokens(checkpoint, free, sequences, len(keys) * len(PROBES), on)
     probes = [_Probe.start(checkpoint, planned, free, tokens, on, fmt) for fmt in PROBES]
     base = HiddenStates(kind, config, read, tokens, on, torch.float32)
     runs: dict[tuple[str, int], HiddenStates] = {}
@@ -155,25 +166,25 @@ def measure_units(
         probed[key].append(_Probed(error / len(exact)))
         errors[key] |= _option_errors(p, error / len(exact), exact, weights.stats)
 
-    if _EMBEDDING in keys:
-        dense = dense_values(read(_EMBEDDING), _EMBEDDING).to(on, torch.float32)
-        alone = LayerWeights({_EMBEDDING: dense}, {}, {}, {})
+    if EMBEDDING in keys:
+        dense = dense_values(read(EMBEDDING), EMBEDDING).to(on, torch.float32)
+        alone = LayerWeights({EMBEDDING: dense}, {}, {}, {})
         for p, probe in enumerate(probes):
-            probe_unit(_EMBEDDING, p, probe.stored, alone)
-            source = _with(probe.stored, read)
-            runs[_EMBEDDING, p] = HiddenStates(kind, config, source, tokens, on, torch.float32)
+            probe_unit(EMBEDDING, p, probe.stored, alone)
+            source = changed_source(probe.stored, read)
+            runs[EMBEDDING, p] = HiddenStates(kind, config, source, tokens, on, torch.float32)
     for index in range(config.num_layers):
         inside = [key for key, names in keys.items() if layer_index(names[0]) == index]
         before = list(runs.values())
         for p, probe in enumerate(probes):
             items = [item for item in probe.items if layer_index(item.name) == index]
             stored = dict(probe.search.layer(index, items))
-            around = _with({**probe.search.weights.dense, **probe.search.norms}, read)
+            around = changed_source({**probe.search.weights.dense, **probe.search.norms}, read)
             for key in inside:
                 probe_unit(key, p, stored, probe.search.weights)
                 runs[key, p] = base.fork()
                 changed = {name: stored[name] for name in keys[key]}
-                runs[key, p].advance(index, _with(changed, around))
+                runs[key, p].advance(index, changed_source(changed, around))
         base.advance(index, read, before)
 
     exact = [logits.cpu() for logits in base.logits(read)]
@@ -182,25 +193,25 @@ def measure_units(
     for p, probe in enumerate(probes):
         norms: dict[str, Stored] = {n: q for n, q in probe.search.norms.items() if n == _NORM}
         for item in probe.items:
-            if item.name == _HEAD:
+            if item.name == HEAD:
                 stats = probe.search.head_stats(item)
                 is_grouped = is_searched(item.format)
-                probe.stored[_HEAD] = probe.search.alone(item, stats if is_grouped else None)
-            if item.name == _HEAD and _HEAD in keys:
-                dense = dense_values(read(_HEAD), _HEAD).to(on, torch.float32)
-                if _HEAD in probe.search.residuals:
-                    dense = dense * probe.search.residuals[_HEAD].to(on)
-                weights = LayerWeights({_HEAD: dense}, {}, {}, {_HEAD: stats})
-                probe_unit(_HEAD, p, probe.stored, weights)
-        source = _with({**probe.stored, **norms}, read)
-        together.append(float(_divergence(exact, probe.search.states.logits(source)).mean()))
+                probe.stored[HEAD] = probe.search.alone(item, stats if is_grouped else None)
+            if item.name == HEAD and HEAD in keys:
+                dense = dense_values(read(HEAD), HEAD).to(on, torch.float32)
+                if HEAD in probe.search.residuals:
+                    dense = dense * probe.search.residuals[HEAD].to(on)
+                weights = LayerWeights({HEAD: dense}, {}, {}, {HEAD: stats})
+                probe_unit(HEAD, p, probe.stored, weights)
+        source = changed_source({**probe.stored, **norms}, read)
+        together.append(float(divergence(exact, probe.search.states.logits(source)).mean()))
         for key in keys:
             states = runs.pop((key, p), base)
             source = read
-            if key in (_EMBEDDING, _HEAD):
+            if key in (EMBEDDING, HEAD):
                 changed = {key: probe.stored[key]}
-                source = _with({**changed, **norms} if key == _HEAD else changed, read)
-            measured[p][key] = _divergence(exact, states.logits(source))
+                source = changed_source({**changed, **norms} if key == HEAD else changed, read)
+            measured[p][key] = divergence(exact, states.logits(source))
         for key, (kl, kl_error) in _with_unseen(measured[p]).items():
             probed[key][p] = _Probed(probed[key][p].error, kl, kl_error)
     laws = _power_laws(probed)
@@ -219,9 +230,22 @@ def measure_units(
     return units, Additivity.through(sums, together)
 
 
-def _first_tokens(sequences: Sequence[Sequence[int]], limit: int) -> list[Sequence[int]]:
-    """Return the first sequences, four or more, of so many tokens in all as a run can carry."""
-    limit = min(_MOST_TOKENS, max(_LEAST_TOKENS, limit))
+def measured_tokens(
+    checkpoint: Checkpoint,
+    free: Iterable[str],
+    sequences: Sequence[Sequence[int]],
+    num_runs: int,
+    device: torch.device,
+) -> list[Sequence[int]]:
+    """Return the first sequences, four or more, of so many tokens as num_runs runs can carry."""
+    assert checkpoint.config is not None
+    config = family(checkpoint.config).parse_config(checkpoint.config)
+    most = _MOST_TOKENS
+    if device.type == "cuda":
+        values = sum(torch.Size(checkpoint.read(name).shape).numel() for name in free)
+        most = max(most, min(_MOST_GPU_TOKENS, _GPU_WORK // max(1, values * num_runs)))
+    limit = _STATE_BYTES // (4 * (config.vocab_size + num_runs * config.hidden_size))
+    limit = min(most, max(_LEAST_TOKENS, limit))
     tokens: list[Sequence[int]] = []
     for ids in sequences:
         if len(tokens) < 4 or sum(map(len, tokens)) + len(ids) <= limit:
@@ -229,7 +253,7 @@ def _first_tokens(sequences: Sequence[Sequence[int]], limit: int) -> list[Sequen
     return tokens
 
 
-def _with(changed: Mapping[str, Stored], read: Source) -> Source:
+def changed_source(changed: Mapping[str, Stored], read: Source) -> Source:
     """Return a source that has some weights changed."""
     return lambda name: changed[name] if name in changed else read(name)
 
@@ -269,7 +293,7 @@ def _option_errors(
     return errors
 
 
-def _divergence(exact: list[Tensor], logits: Iterable[Tensor]) -> Tensor:
+def divergence(exact: list[Tensor], logits: Iterable[Tensor]) -> Tensor:
     """Return sum p log(p / q) of every position."""
     parts = []
     for a, b in zip(exact, logits, strict=True):
