@@ -47,7 +47,7 @@ bool takes_hopper(const ProductArgs& p, WeightFormat format, int num_batches) {
   // one, but their weights do not.
   if (p.sorted_rows != nullptr) {
     if (ceil_div(p.num_rows, std::max(p.num_experts, 1)) < kHopperRows) return false;
-    return p.num_experts == 1 || p.weight_batch_bytes > 0;
+    return (p.num_experts == 1 || p.weight_batch_bytes > 0) && p.x_stride < (1LL << 31);
   }
   const bool is_stack = num_batches > 1;
   const bool is_dense = format == WeightFormat::kDense && !is_stack;
