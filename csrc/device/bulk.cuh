@@ -199,22 +199,6 @@ __device__ inline void cluster_sync_relaxed() {
 #endif
 }
 
-/// Store 16 bytes at the address that `pointer` has here, in shared memory of CTA `rank`; the
-/// barrier there counts them. PTX ISA 9.7.9.12, st.async.
-__device__ inline void store_cluster(void* pointer, const float* values, std::uint64_t* barrier,
-                                     unsigned rank) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{.reg .b32 there, barrier; mapa.shared::cluster.u32 there, %0, %2; "
-      "mapa.shared::cluster.u32 barrier, %1, %2; "
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], "
-      "{%3,%4,%5,%6}, [barrier];}" ::"r"(smem_address(pointer)),
-      "r"(smem_address(barrier)), "r"(rank), "f"(values[0]), "f"(values[1]), "f"(values[2]),
-      "f"(values[3])
-      : "memory");
-#endif
-}
-
 /// Store four 8 x 8 tiles of 16-bit values transposed: lane 8 i + j names the address of column j
 /// of tile i, register i holds tile i as a product leaves it. PTX ISA 9.7.14.5.16.
 __device__ inline void store_matrix_x4_transposed(void* address, const std::uint32_t (&r)[4]) {

@@ -5,6 +5,7 @@
 // weight and rows 8 j + 2 t, 8 j + 2 t + 1 of x, twice.
 #pragma once
 #include "device/bulk.cuh"
+#include "device/cluster.cuh"
 #include "device/mma.cuh"
 #include "gemm/hopper_ring.cuh"
 
@@ -56,8 +57,9 @@ class SplitSums {
         next += share_;
       }
       if (owner == rank_) continue;
-      device::store_cluster(part(rank_ - (rank_ > owner), i - (next - share_)), &sum[4 * i],
-                            &barriers_.sums_full, unsigned(owner));
+      auto* const to = reinterpret_cast<float*>(part(rank_ - (rank_ > owner), i - (next - share_)));
+      const float4 mine = make_float4(sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]);
+      device::store_cluster_async(to, mine, &barriers_.sums_full, unsigned(owner));
     }
     device::barrier_wait(&barriers_.sums_full, parity_);
 #pragma unroll 1

@@ -33,8 +33,8 @@ void set_weight(ProductArgs& args, const WeightView& weight, bool stacked) {
   if (weight.zero_point) args.zero_batch_bytes = weight.zero_point.stride(0);
 }
 
-/// Rows of x per weight from which on the kernel for Hopper is taken where its code runs. Codes cost
-/// it more: each CTA converts them for its rows.
+/// Rows of x per weight from which on the kernel for Hopper is taken where its code runs. Codes
+/// cost it more: each CTA converts them for its rows.
 constexpr std::int64_t kHopperRows = 33;
 constexpr std::int64_t kHopperRowsDense = 17;  // of a single weight
 
