@@ -40,6 +40,14 @@ __device__ inline void barrier_arrive(std::uint64_t* barrier, unsigned count) {
 #endif
 }
 
+/// Arrive once this thread's copies so far (copy_async_16) are done. PTX ISA 9.7.13.15.17.
+__device__ inline void barrier_arrive_after_copies(std::uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(barrier))
+               : "memory");
+#endif
+}
+
 /// Arrive at the same barrier of CTA `rank` of the cluster. It orders no memory of this thread
 /// beyond the CTA (release.cluster costs a microsecond): finished products and copies need no more.
 __device__ inline void barrier_arrive_at(std::uint64_t* barrier, unsigned rank) {
@@ -76,7 +84,17 @@ __device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint6
 #endif
 }
 
-/// The same with five coordinates, the innermost first.
+/// The same with four or five coordinates, the innermost first.
+__device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint64_t* barrier,
+                                const int (&at)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(target)),
+      "l"(&map), "r"(smem_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+      : "memory");
+#endif
+}
 __device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint64_t* barrier,
                                 const int (&at)[5]) {
 #if __CUDA_ARCH__ >= 900
@@ -102,18 +120,6 @@ __device__ inline void copy_box_to(void* target, const CUtensorMap& map, std::ui
 #endif
 }
 
-/// Copy contiguous bytes, a multiple of 16 with both ends aligned to 16. PTX ISA 9.7.9.25.5.2.
-__device__ inline void copy_bulk(void* target, const void* source, unsigned bytes,
-                                 std::uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(smem_address(target)),
-      "l"(source), "r"(bytes), "r"(smem_address(barrier))
-      : "memory");
-#endif
-}
-
 /// Fetch a tensor map ahead of its first use.
 __device__ inline void prefetch_map(const CUtensorMap& map) {
 #if __CUDA_ARCH__ >= 900
@@ -127,6 +133,18 @@ __device__ inline void fence_async_proxy() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
+}
+
+/// True in one lane of the warp, always the same; all lanes call it. Unlike a comparison of lane
+/// numbers it tells the compiler that what follows runs in one lane, or it writes a loop over lanes
+/// around every copy. PTX ISA 9.7.13.15, elect.sync.
+__device__ inline bool elect_lane() {
+  unsigned elected = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred elected; elect.sync _|elected, 0xFFFFFFFF; selp.u32 %0, 1, 0, elected;}"
+               : "=r"(elected));
+#endif
+  return elected != 0;
 }
 
 /// Barrier kBarrier of a CTA, 1 .. 15, among `threads` of its threads. PTX ISA 9.7.13.1.
@@ -143,13 +161,28 @@ __device__ inline void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/// CTAs of this one's cluster, its rank among them, and a barrier among all their threads.
+/// CTAs of this one's cluster, its number and that of clusters, its rank, and a barrier among all
+/// threads of the cluster.
 __device__ inline unsigned cluster_size() {
   unsigned size = 1;
 #if __CUDA_ARCH__ >= 900
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
 #endif
   return size;
+}
+__device__ inline unsigned cluster_id() {
+  unsigned id = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+#endif
+  return id;
+}
+__device__ inline unsigned num_clusters() {
+  unsigned count = 1;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+#endif
+  return count;
 }
 __device__ inline unsigned cluster_rank() {
   unsigned rank = 0;
@@ -158,32 +191,12 @@ __device__ inline unsigned cluster_rank() {
 #endif
   return rank;
 }
-__device__ inline void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-#endif
-}
-/// The same without the order of memory, which costs about a microsecond.
+/// Orders no memory: that would cost about a microsecond.
 __device__ inline void cluster_sync_relaxed() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::
                    : "memory");
 #endif
-}
-
-/// Four floats at the address that `pointer` has here, from shared memory of CTA `rank`.
-__device__ inline float4 load_cluster(const float* pointer, unsigned rank) {
-  float4 value{};
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5; "
-      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];}"
-      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-      : "r"(smem_address(pointer)), "r"(rank)
-      : "memory");
-#endif
-  return value;
 }
 
 /// Store four 8 x 8 tiles of 16-bit values transposed: lane 8 i + j names the address of column j
@@ -209,5 +222,12 @@ CUtensorMap tensor_map(const void* data, bool is_float16, std::int64_t batches, 
 /// by `box_rows` of the second. Strides in bytes, of dimensions 1 to 4.
 CUtensorMap tensor_map(const void* data, bool is_float16, const std::int64_t (&sizes)[5],
                        const std::int64_t (&strides)[4], int box_rows);
+
+/// Map of a tensor of 32-bit words [batches][tiles][blocks][words], copied in boxes of `box_tiles`
+/// tiles of `box_blocks` blocks, as they lie or, with 32 words, under 128-byte swizzling. Strides
+/// in bytes, multiples of 16 as is `data`.
+CUtensorMap word_map(const void* data, std::int64_t batches, std::int64_t tiles,
+                     std::int64_t blocks, int words, std::int64_t batch_stride, int box_tiles,
+                     int box_blocks, bool swizzled);
 
 }  // namespace fastgpt::device

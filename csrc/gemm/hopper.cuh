@@ -2,13 +2,13 @@
 //
 // One CTA owns 128 weight rows and kRows rows of x, and computes out^T = weight x^T: the weight is
 // the first operand of the product, so that quantized codes can become operands in registers, and
-// rows of x come in any multiple of 64. Two warp groups own 64 weight rows each; a ninth warp asks
-// for the stages ahead of them:
+// rows of x come in any multiple of 64. Two warp groups own 64 weight rows each; two more warps
+// ask for the stages ahead of them:
 //
 //                x rows ─► 0 .. kRows - 1
 //     weight  0 ..  63     warps 0-3        a stage of x: 64 columns of all rows
 //            64 .. 127     warps 4-7        of the weight: 64 columns (dense) or 128 (packed)
-//     copies               warp 8
+//     copies               warp 8, of x warp 9 (of experts 9 and 10)
 //
 // A cluster of CTAs works in rounds, whole tiles first, then split ones:
 //   whole  every CTA takes another weight tile of the same rows of x, fetches its share of x and
@@ -23,6 +23,7 @@
 #pragma once
 #include "device/dependent.cuh"
 #include "device/wgmma.cuh"
+#include "gemm/hopper_copies.cuh"
 #include "gemm/hopper_operands.cuh"
 #include "gemm/hopper_store.cuh"
 
@@ -31,146 +32,8 @@ namespace fastgpt::gemm {
 /// Three warp groups, because registers move from group to group.
 inline constexpr int kHopperThreads = 384;
 
-/// The copying warp: asks for every stage of the CTA's tiles as its slot becomes free.
-template <WeightFormat kFormat, int kRows>
-class HopperCopies {
- public:
-  using Ring = HopperRing<kFormat, kRows>;
-
-  __device__ HopperCopies(const HopperArgs& args, typename Ring::Barriers& barriers,
-                          std::uint8_t* shared, int lane)
-      : args_(args),
-        p_(args.product),
-        barriers_(barriers),
-        shared_(shared),
-        lane_(lane),
-        scale_bytes_(Ring::kInt4 ? kBlockCols / unsigned(p_.group_size) * kTileN * 2 : 0),
-        zero_bytes_(Ring::kInt4 && p_.zero_point != nullptr ? scale_bytes_ / 2 : 0) {}
-
-  /// @param dependent the kernel's: weights are asked for ahead of its wait, x behind it.
-  __device__ void run(const device::Dependent<HopperArgs>& dependent, HopperTiles<kRows> tiles) {
-    if (lane_ == 0) {
-      device::prefetch_map(args_.x);
-      if (Ring::kDense) device::prefetch_map(args_.weight);
-    }
-    const int share = kRows / args_.num_shares * tiles.rank();  // first row of this CTA's part
-    HopperTile tile;
-    bool more = tiles.next(tile);
-    int ahead = 0;
-    if (more) {
-      begin(tile, tiles.num_stages());
-      for (; ahead < Ring::kWeightCount && tile.begin + ahead < tile.end; ++ahead) {
-        fetch_weight(tile.begin + ahead);
-      }
-    }
-    dependent.wait();
-    while (more) {
-      for (int stage = tile.begin; stage < tile.end; ++stage) {
-        if (ahead > 0) {
-          --ahead;
-        } else {
-          fetch_weight(stage);
-        }
-#pragma unroll
-        for (int part = 0; part < Ring::kParts; ++part) {
-          const int column = stage * Ring::kColumns + part * kHopperColumns;
-          std::uint8_t* to = shared_ + x_.slot * Ring::kXBytes;
-          std::uint64_t* full = &barriers_.x_full[x_.slot];
-          device::barrier_wait(&barriers_.x_empty[x_.slot], x_.parity ^ 1);
-          x_.advance();
-          if (lane_ == 0) {
-            device::barrier_expect(full, Ring::kXBytes);
-            if (tile.is_split || args_.num_shares == 1) {
-              device::copy_box(to, args_.x, full, column, row_, batch_);
-            } else {
-              device::copy_box_to(to + share * 128, args_.x_share, full, column, row_ + share,
-                                  batch_, (1U << args_.num_shares) - 1);
-            }
-          }
-        }
-      }
-      if (tile.is_split) {
-        __syncwarp();
-        device::cluster_sync();          // the rings hold sums now,
-        device::cluster_sync_relaxed();  // and are free again
-      }
-      more = tiles.next(tile);
-      if (more) begin(tile, tiles.num_stages());
-    }
-  }
-
- private:
-  // This loop has a few hundred cycles a stage: what is the same for a tile is worked out here.
-  __device__ void begin(const HopperTile& tile, int num_stages) {
-    row_ = int(tile.rows.first);
-    batch_ = tile.rows.weight;
-    weight_row_ = tile.weight * kHopperN;
-    if constexpr (!Ring::kDense) {
-      // A lane asks for 16 weight rows.
-      const std::int64_t first = weight_row_ / kTileN;
-      const std::int64_t left = ceil_div(p_.n, kTileN) - first;
-      count_ = int(max(std::int64_t(0), min(std::int64_t(kHopperN / kTileN), left)));
-      const std::int64_t index = (first + lane_) * num_stages + tile.begin;
-      packed_ = p_.packed + batch_ * p_.weight_batch_bytes + index * Ring::kTileBytes;
-      if constexpr (Ring::kInt4) {
-        scale_ = static_cast<const std::uint8_t*>(p_.scale) + batch_ * p_.scale_batch_bytes +
-                 index * scale_bytes_;
-        zero_ = p_.zero_point + batch_ * p_.zero_batch_bytes + index * zero_bytes_;
-      }
-    }
-  }
-
-  __device__ void fetch_weight(int stage) {
-    std::uint8_t* to = shared_ + Ring::kWeightStart + weight_.slot * Ring::kWeightBytes;
-    std::uint64_t* full = &barriers_.weight_full[weight_.slot];
-    device::barrier_wait(&barriers_.weight_empty[weight_.slot], weight_.parity ^ 1);
-    weight_.advance();
-    if constexpr (Ring::kDense) {
-      if (lane_ == 0) {
-        device::barrier_expect(full, Ring::kWeightBytes);
-        device::copy_box(to, args_.weight, full, stage * Ring::kColumns, weight_row_, batch_);
-      }
-    } else {
-      if (lane_ == 0) {
-        device::barrier_expect(full,
-                               unsigned(count_) * (Ring::kTileBytes + scale_bytes_ + zero_bytes_));
-      }
-      __syncwarp();
-      if (lane_ < count_) {
-        device::copy_bulk(to + lane_ * Ring::kTileBytes, packed_, Ring::kTileBytes, full);
-        packed_ += Ring::kTileBytes;
-        if constexpr (Ring::kInt4) {
-          to += Ring::kCodeBytes;
-          device::copy_bulk(to + lane_ * scale_bytes_, scale_, scale_bytes_, full);
-          scale_ += scale_bytes_;
-          if (zero_bytes_ != 0) {
-            to += Ring::kScaleBytes;
-            device::copy_bulk(to + lane_ * zero_bytes_, zero_, zero_bytes_, full);
-            zero_ += zero_bytes_;
-          }
-        }
-      }
-      __syncwarp();
-    }
-  }
-
-  const HopperArgs& args_;
-  const ProductArgs& p_;
-  typename Ring::Barriers& barriers_;
-  std::uint8_t* shared_;
-  int lane_;
-  unsigned scale_bytes_, zero_bytes_;  // of 16 weight rows and a stage
-  int row_ = 0, batch_ = 0, weight_row_ = 0;
-  int count_ = 0;  // of 16 weight rows each
-  const std::uint8_t* packed_ = nullptr;
-  const std::uint8_t* scale_ = nullptr;
-  const std::uint8_t* zero_ = nullptr;
-  RingPlace<Ring::kWeightCount> weight_;
-  RingPlace<Ring::kXCount> x_;
-};
-
 /// One of eight multiplying warps: adds up the stages of a tile.
-template <WeightFormat kFormat, class X, int kRows, Scales kScales>
+template <WeightFormat kFormat, class X, int kRows, Scales kScales, bool kGathered>
 class HopperSums {
  public:
   using Ring = HopperRing<kFormat, kRows>;
@@ -310,8 +173,8 @@ class HopperSums {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if constexpr (kScales != Scales::kRow) unit[half] = operands.unit(half);
-      if constexpr (kFormat == WeightFormat::kFp8) {
-        unit[half] *= device::kFp8Unit<X>;
+      if constexpr (kHasChannelScale<kFormat>) {
+        unit[half] *= kCodeUnit<kFormat, X>;
         const std::int64_t n =
             std::int64_t(tile.weight) * kHopperN + sum_column(2 * half, lane_, warp_);
         if (kScales == Scales::kRow && n < p_.n) {
@@ -322,7 +185,7 @@ class HopperSums {
     change_units(sum, unit);
   }
 
-  /// fp8
+  /// fp8 and int8
   __device__ const float* scales_of(const HopperTile& tile) const {
     const auto* bytes = static_cast<const std::uint8_t*>(p_.scale);
     return reinterpret_cast<const float*>(bytes + tile.rows.weight * p_.scale_batch_bytes);
@@ -346,7 +209,10 @@ class HopperSums {
     device::wgmma_hold(sum);
   }
 
-  __device__ void wait_x() { device::barrier_wait(&barriers_.x_full[x_.slot], x_.parity); }
+  __device__ void wait_x() {
+    device::barrier_wait(&barriers_.x_full[x_.slot], x_.parity);
+    if constexpr (kGathered) device::fence_async_proxy();  // threads wrote it, products read it
+  }
 
   /// Hand the oldest stage of x back to those who fill it.
   __device__ void release_x(const HopperTile& tile) {
@@ -376,11 +242,13 @@ class HopperSums {
 
 // A ninth of the registers of an SM for each warp: __launch_bounds__ would count a tenth to
 // twelfth.
-template <WeightFormat kFormat, class X, int kRows, Scales kScales>
+/// @tparam kGathered rows of x lie apart: grouped products
+template <WeightFormat kFormat, class X, int kRows, Scales kScales, bool kGathered>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     hopper_kernel(const __grid_constant__ device::Dependent<HopperArgs> dependent) {
 #ifdef FASTGPT_HAS_WGMMA
   using Ring = HopperRing<kFormat, kRows>;
+  using Gather = HopperGather<kFormat, kRows>;
   extern __shared__ std::uint8_t raw_shared[];
   __shared__ typename Ring::Barriers barriers;
   std::uint8_t* const shared = raw_shared + (1024 - device::smem_address(raw_shared) % 1024) % 1024;
@@ -390,45 +258,56 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const int warp = __shfl_sync(~0U, int(threadIdx.x) / 32, 0);  // the same register in all lanes
   HopperTiles<kRows> tiles(args, int(ceil_div(args.product.k, Ring::kColumns)));
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Ring::kWeightCount; ++i) {
-      device::barrier_init(&barriers.weight_full[i], 1);
-      device::barrier_init(&barriers.weight_empty[i], Ring::kDense ? 2 : 8);  // groups, or warps
+  // The first weights are on their way before the others are ready.
+  HopperWeights<kFormat, kRows> weights(args, barriers, shared, tiles);
+  if (warp == 8) {
+    if (lane == 0) {
+      barriers.init(kGathered ? Gather::kThreads : 1, unsigned(args.num_shares),
+                    unsigned(tiles.size()));
     }
-    for (int i = 0; i < Ring::kXCount; ++i) {
-      device::barrier_init(&barriers.x_full[i], 1);
-      device::barrier_init(&barriers.x_empty[i], unsigned(2 * args.num_shares));
-    }
-    device::barrier_init_fence();
+    __syncwarp();
+    if constexpr (!kGathered) weights.run_ahead();
+  } else if (warp == 9 && !kGathered && lane == 0) {
+    device::prefetch_map(args.x);
   }
+  __syncwarp();
   tiles.size() > 1 ? device::cluster_sync_relaxed() : __syncthreads();
 
   if (warp >= 8) {
     device::give_back_registers<56>();
-    if (warp > 8) {
-      dependent.wait();
-      return;  // a barrier of the cluster counts those who are left
+    dependent.wait();
+    if (warp == 8) {
+      if constexpr (kGathered) weights.run_ahead();  // other kernels choose the experts of rows
+      weights.run();
+    } else if constexpr (kGathered) {
+      __shared__ __align__(16) typename Gather::XRows x_rows;
+      const int thread = int(threadIdx.x) - 9 * 32;
+      if (thread < Gather::kThreads) {
+        Gather(args.product, barriers, shared, x_rows, thread).run(tiles);
+      }
+    } else if (warp == 9) {
+      HopperRows<kFormat, kRows>(args, barriers, shared).run(tiles);
     }
-    HopperCopies<kFormat, kRows> copies(args, barriers, shared, lane);
-    copies.run(dependent, tiles);
   } else {
     device::take_registers<224>();
     dependent.wait();
-    HopperSums<kFormat, X, kRows, kScales> sums(args, barriers, shared, warp, lane);
+    HopperSums<kFormat, X, kRows, kScales, kGathered> sums(args, barriers, shared, warp, lane);
+    SplitSums<Ring, kRows> split(barriers, shared, tiles.rank(), tiles.size(), warp, lane);
+    std::uint8_t* const staged = shared + Ring::kOutStart + warp / 4 * (Ring::kOutBytes / 2);
     float sum[kRows / 2];
     HopperTile tile;
     while (tiles.next(tile)) {
       sums.run(tile, tiles.num_stages(), sum);
+      int first = 0, end = tile.rows.count;
       if (tile.is_split) {
-        store_split<Ring, kRows>(args.product, tiles, tile, shared, sum, warp, lane);
-      } else {
-        store_whole<X, kRows>(args.product, tile,
-                              shared + Ring::kOutStart + warp / 4 * (Ring::kOutBytes / 2), sum,
-                              warp, lane);
+        split.add(sum, tile.rows.count);
+        first = split.first_row();
+        end = min(end, split.end_row());
       }
+      store_rows<X, kRows>(args.product, tile, first, end, staged, sum, warp, lane);
     }
   }
-  // Nobody leaves while others still send to it or read from it.
+  // Nobody leaves while others still send to it.
   if (tiles.size() > 1) device::cluster_sync_relaxed();
 #else
   dependent.wait();

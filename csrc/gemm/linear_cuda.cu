@@ -33,22 +33,27 @@ void set_weight(ProductArgs& args, const WeightView& weight, bool stacked) {
   if (weight.zero_point) args.zero_batch_bytes = weight.zero_point.stride(0);
 }
 
-/// Rows of x from which on the kernel for Hopper is taken where its code runs. Codes cost it more:
-/// each CTA converts them for its rows.
+/// Rows of x per weight from which on the kernel for Hopper is taken where its code runs. Codes
+/// cost it more: each CTA converts them for its rows.
 constexpr std::int64_t kHopperRows = 33;
-constexpr std::int64_t kHopperRowsDense = 17;
+constexpr std::int64_t kHopperRowsDense = 17;  // of a single weight
 
 bool takes_hopper(const ProductArgs& p, WeightFormat format, int num_batches) {
-  if (format == WeightFormat::kInt8) return false;  // has no operands there yet
   if (format == WeightFormat::kDense && (!p.weight_aligned || p.weight_dtype != p.x_dtype)) {
     return false;
   }
-  // Rows of experts lie apart and heads are small: they stay with tiled.cuh. TMA refuses a stride
-  // of 0, a row that stands for many.
-  const std::int64_t rows = format == WeightFormat::kDense ? kHopperRowsDense : kHopperRows;
-  return p.sorted_rows == nullptr && num_batches == 1 && p.num_rows >= rows && p.k > 0 &&
-         p.x_aligned && p.x_stride > 0 && device::hopper_traits().has_wgmma &&
-         !is_small_product(p, num_batches, device::current_traits().num_sms);
+  if (p.k == 0 || !p.x_aligned || !device::hopper_traits().has_wgmma) return false;
+  // TMA refuses a stride of 0: a row or a head that stands for many. Rows of experts come one by
+  // one, but their weights do not.
+  if (p.sorted_rows != nullptr) {
+    if (ceil_div(p.num_rows, std::max(p.num_experts, 1)) < kHopperRows) return false;
+    return (p.num_experts == 1 || p.weight_batch_bytes > 0) && p.x_stride < (1LL << 31);
+  }
+  const bool is_stack = num_batches > 1;
+  const bool is_dense = format == WeightFormat::kDense && !is_stack;
+  if (p.num_rows < (is_dense ? kHopperRowsDense : kHopperRows)) return false;
+  if (is_small_product(p, num_batches, device::current_traits().num_sms)) return false;
+  return p.x_stride > 0 && (!is_stack || (p.x_batch_stride > 0 && p.weight_batch_bytes > 0));
 }
 
 // Tensor cores multiply 16-bit x; what they cannot take goes to the CUDA cores.
@@ -70,10 +75,10 @@ void product(ProductArgs& args, WeightFormat format, int num_batches, cudaStream
         return hopper_int4_product(args, num_batches, traits, stream);
       case WeightFormat::kFp8:
         return hopper_fp8_product(args, num_batches, traits, stream);
+      case WeightFormat::kInt8:
+        return hopper_int8_product(args, num_batches, traits, stream);
       case WeightFormat::kDense:
         return hopper_dense_product(args, num_batches, traits, stream);
-      case WeightFormat::kInt8:
-        break;
     }
   }
   switch (format) {
