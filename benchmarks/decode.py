@@ -4,6 +4,8 @@
     python benchmarks/decode.py --model fastgpt/assets/tiny-r1 --device cuda
 
     python benchmarks/decode.py --shape r1-qwen-1.5b --device cuda --compare-pdl
+    python benchmarks/decode.py --shape r1-qwen-1.5b --device cuda --prompt 16384 --batch 8 \
+        --kv-cache-dtype fp8
 
 Time per token is the difference of two generation lengths, so that prefill cancels. Prefill is the
 time to the first token of a prompt, less one decode step. --compare-pdl measures twice on one GPU
@@ -24,6 +26,7 @@ from report import median, print_machine, streaming_read_gb_s
 
 from fastgpt import Engine, SamplingParams
 from fastgpt.checkpoint import open_checkpoint
+from fastgpt.config import KV_CACHE_DTYPES
 from fastgpt.models import registry
 
 
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--policy", choices=sorted(POLICIES), default="four-tier")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens of the decode runs")
     parser.add_argument("--prefill", type=int, default=256, help="prompt tokens of the prefill run")
@@ -112,7 +116,12 @@ def main() -> None:
     length = max(args.prefill, args.prompt) + max(args.tokens) + 1
     start = time.perf_counter()
     engine = Engine(
-        source, device=args.device, dtype=args.dtype, max_batch=args.batch, max_length=length
+        source,
+        device=args.device,
+        dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        max_batch=args.batch,
+        max_length=length,
     )
     load_s = time.perf_counter() - start
 
@@ -132,6 +141,9 @@ def main() -> None:
         "model": name,
         "dtype": str(engine.loaded.model.dtype).removeprefix("torch."),
         "batch": args.batch,
+        "prompt_tokens": args.prompt,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "kv_bytes_per_token": engine.runner.kv_cache.nbytes // engine.limits.num_cache_tokens,
         "ms_per_step": step_s * 1e3,
         "ms_per_step_median": median(steps) * 1e3,
         **ordered,

@@ -64,6 +64,18 @@ def _prefill_batch() -> dict[str, Tensor | int]:
     }
 
 
+CODES = (torch.uint8, torch.int8)
+
+
+def _codes(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return random codes, finite as e4m3 too."""
+    return torch.randint(0, 120, shape, device=_device).to(dtype)
+
+
+def _scale(*shape: int) -> Tensor:
+    return torch.rand(shape, device=_device) / 50
+
+
 def _attention() -> None:
     cache = _rand(5, 2, BLOCK_SIZE, 2, 64)
     ops.attention(_rand(NUM_TOKENS, 6, 64), cache, scale=0.125, **_batch())
@@ -72,6 +84,14 @@ def _attention() -> None:
         ops.attention(
             _rand(64, 6, dim_qk), cache, scale=0.125, head_dim_v=dim_v, **_prefill_batch()
         )
+        for dtype in CODES:
+            codes = _codes(12, 2, BLOCK_SIZE, 2, dim_qk, dtype=dtype)
+            kv_scale = _scale(12, 2, 2, BLOCK_SIZE)
+            for batch, num_tokens in ((_batch(), NUM_TOKENS), (_prefill_batch(), 64)):
+                ops.attention(
+                    _rand(num_tokens, 6, dim_qk), codes, scale=0.125, head_dim_v=dim_v,
+                    kv_scale=kv_scale, **batch,
+                )  # fmt: skip
 
 
 def _mla_attention() -> None:
@@ -79,11 +99,21 @@ def _mla_attention() -> None:
     ops.mla_attention(_rand(NUM_TOKENS, 3, 576), cache, scale=0.07, **_batch())
     cache = _rand(12, BLOCK_SIZE, 576)
     ops.mla_attention(_rand(64, 3, 576), cache, scale=0.07, **_prefill_batch())
+    for dtype in CODES:
+        codes, kv_scale = _codes(12, BLOCK_SIZE, 512, dtype=dtype), _scale(12, BLOCK_SIZE, 4)
+        ops.mla_attention(
+            _rand(64, 3, 576), codes, scale=0.07, kv_scale=kv_scale,
+            pe_cache=_rand(12, BLOCK_SIZE, 64), **_prefill_batch(),
+        )  # fmt: skip
 
 
 def _write_kv() -> None:
     slots = _ints([64, 17, -1, 3, 40, 41, 79])
-    ops.write_kv(_rand(NUM_TOKENS, 2, 64), _rand(NUM_TOKENS, 2, 64), slots, _rand(5, 2, 16, 2, 64))
+    k, v = _rand(NUM_TOKENS, 2, 64), _rand(NUM_TOKENS, 2, 64)
+    ops.write_kv(k, v, slots, _rand(5, 2, 16, 2, 64))
+    for dtype in CODES:
+        codes = _codes(5, 2, 16, 2, 64, dtype=dtype)
+        ops.write_kv(k, v, slots, codes, kv_scale=_scale(5, 2, 2, 16))
 
 
 def _rotary_write_kv() -> None:
@@ -95,11 +125,22 @@ def _rotary_write_kv() -> None:
         ops.rotary_write_kv(
             positions, table, q, k, v, slots, _rand(5, 2, 16, 2, 64), interleaved=interleaved
         )
+        for dtype in CODES:
+            ops.rotary_write_kv(
+                positions, table, q, k, v, slots, _codes(5, 2, 16, 2, 64, dtype=dtype),
+                interleaved=interleaved, kv_scale=_scale(5, 2, 2, 16),
+            )  # fmt: skip
 
 
 def _write_mla() -> None:
     slots = _ints([64, 17, -1, 3, 40, 41, 79])
-    ops.write_mla(_rand(NUM_TOKENS, 512), _rand(NUM_TOKENS, 64), slots, _rand(5, BLOCK_SIZE, 576))
+    latent, k_pe = _rand(NUM_TOKENS, 512), _rand(NUM_TOKENS, 64)
+    ops.write_mla(latent, k_pe, slots, _rand(5, BLOCK_SIZE, 576))
+    for dtype in CODES:
+        ops.write_mla(
+            latent, k_pe, slots, _codes(5, BLOCK_SIZE, 512, dtype=dtype),
+            kv_scale=_scale(5, BLOCK_SIZE, 4), pe_cache=_rand(5, BLOCK_SIZE, 64),
+        )  # fmt: skip
 
 
 def _weight(format: str, num_experts: int | None = None) -> ops.ArrangedWeight:

@@ -13,12 +13,16 @@ from fastgpt.errors import ConfigError
 from fastgpt.units import parse_duration_ms, resolve_bytes
 
 __all__ = [
+    "KV_CACHE_DTYPES",
     "HardwareConfig",
     "OptimizationConfig",
     "ServerConfig",
     "ServiceConfig",
     "check_int",
+    "check_kv_cache_dtype",
 ]
+
+KV_CACHE_DTYPES = ("auto", "fp8", "int8")
 
 # Words of other servers and of the article's text, and our name for them.
 _ALIASES = {
@@ -94,16 +98,20 @@ class OptimizationConfig:
             synchronous loop is not available yet: only true.
         precision: mixed = every weight in the format of the file: only this.
         warmup_iterations: empty inferences of each batch size before the server is ready.
+        kv_cache_dtype: what keys and values are kept in: auto = the dtype of the activations; fp8
+            (e4m3) and int8 take about half of 16-bit memory, a scale per token and head.
     """
 
     async_pipeline: bool = True
     precision: str = "mixed"
     warmup_iterations: int = 5
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         _only_today("optimization.async_pipeline", self.async_pipeline, True)
         _only_today("optimization.precision", self.precision, "mixed")
         check_int("optimization.warmup_iterations", self.warmup_iterations, 0, 1000)
+        check_kv_cache_dtype("optimization.kv_cache_dtype", self.kv_cache_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +242,12 @@ def check_int(name: str, value: Any, low: int, high: int, high_name: str = "") -
         raise ConfigError(
             f"{name} is {value}; expected {low} to {high}{f' ({high_name})' if high_name else ''}"
         )
+
+
+def check_kv_cache_dtype(name: str, value: str) -> None:
+    """Raise ConfigError, naming the setting, if the word is none of KV_CACHE_DTYPES."""
+    if value not in KV_CACHE_DTYPES:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(KV_CACHE_DTYPES)}")
 
 
 def _only_today(name: str, value: Any, today: Any) -> None:

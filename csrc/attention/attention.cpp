@@ -2,6 +2,7 @@
 
 #include "attention/batch_check.h"
 #include "attention/kernels.h"
+#include "fastgpt/kv_format.h"
 
 namespace fastgpt::attention {
 
@@ -10,7 +11,6 @@ void attention(const AttentionParams& p, const Stream& stream) {
   FASTGPT_CHECK_TENSOR(p.out, "out", 3);
   FASTGPT_CHECK_TENSOR(p.kv_cache, "kv_cache", 5);
   check_floating(p.q, "q");
-  check_floating(p.kv_cache, "kv_cache");
   check_same_dtype(p.out, "out", p.q, "q");
   check_size(p.out, "out", 0, p.q.size(0), "the number of rows of q");
   check_size(p.out, "out", 1, p.q.size(1), "the number of heads of q");
@@ -22,6 +22,7 @@ void attention(const AttentionParams& p, const Stream& stream) {
                 "kv_cache has rows of ", p.kv_cache.size(4), " elements; q has head size ",
                 p.q.size(2), " and out ", p.out.size(2));
   FASTGPT_CHECK(p.kv_cache.size(2) > 0, "kv_cache has block size 0");
+  check_kv_scale(p.kv_cache, p.kv_scale);
   check_batch(p.block_tables, p.cu_seqlens_q, p.seq_lens);
   check_workspace(p.workspace);
   if (p.out.numel() == 0 || p.seq_lens.size(0) == 0) return;
@@ -33,11 +34,16 @@ void mla_attention(const MlaAttentionParams& p, const Stream& stream) {
   FASTGPT_CHECK_TENSOR(p.out, "out", 3);
   FASTGPT_CHECK_TENSOR(p.kv_cache, "kv_cache", 3);
   check_floating(p.q, "q");
-  check_floating(p.kv_cache, "kv_cache");
   check_same_dtype(p.out, "out", p.q, "q");
   check_size(p.out, "out", 0, p.q.size(0), "the number of rows of q");
   check_size(p.out, "out", 1, p.q.size(1), "the number of heads of q");
-  check_size(p.kv_cache, "kv_cache", 2, p.q.size(2), "the head size of q");
+  check_latent_scale(p.kv_cache, p.kv_scale, p.pe_cache);
+  if (p.pe_cache) {
+    check_size(p.pe_cache, "pe_cache", 2, p.q.size(2) - p.kv_cache.size(2),
+               "the head size of q without the columns of kv_cache");
+  } else {
+    check_size(p.kv_cache, "kv_cache", 2, p.q.size(2), "the head size of q");
+  }
   FASTGPT_CHECK(p.out.size(2) <= p.q.size(2), "out has head size ", p.out.size(2),
                 "; expected at most that of q, ", p.q.size(2));
   FASTGPT_CHECK(p.kv_cache.size(1) > 0, "kv_cache has block size 0");

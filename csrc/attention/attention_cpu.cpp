@@ -13,7 +13,7 @@ namespace {
 
 // Both operations seen as one: MLA is one key/value head whose values are its keys.
 struct Problem {
-  TensorView q, block_tables, cu_seqlens_q, seq_lens, out, kv_cache;
+  TensorView q, block_tables, cu_seqlens_q, seq_lens, out, kv_cache, kv_scale, pe_cache;
   std::int64_t block_size, num_kv_heads, token_stride, head_stride, value_offset;
   float scale;
   std::int64_t max_seqlen_q, max_seq_len;
@@ -116,6 +116,22 @@ Tile tile_of(const Problem& p, const Item& item) {
   t.head_dim_qk = p.q.size(2);
   t.head_dim_v = p.out.size(2);
   t.scale = p.scale;
+  if (p.kv_scale) {
+    t.scale_block_stride = p.kv_scale.stride(0);
+    t.kv_scale = p.kv_scale.as<float>();
+    if (p.pe_cache) {
+      t.latent = p.kv_cache.size(2);
+      t.scale_token_stride = p.kv_scale.stride(1);
+      t.pe = p.pe_cache.data;
+      t.pe_dtype = p.pe_cache.dtype;
+      t.pe_block_stride = p.pe_cache.stride(0);
+      t.pe_token_stride = p.pe_cache.stride(1);
+    } else {
+      t.kv_scale += item.kv_head * p.kv_scale.stride(2);
+      t.scale_token_stride = 1;
+      t.scale_value_offset = p.kv_scale.stride(1);
+    }
+  }
   return t;
 }
 
@@ -134,7 +150,7 @@ void run(const Problem& p) {
   parallel_for(0, workers, 1, [&](std::int64_t a, std::int64_t b) {
     if (a == b) return;
     thread_local std::vector<float> scratch;
-    scratch.resize(std::size_t(tile_scratch(p.q.size(2), p.out.size(2))));
+    scratch.resize(std::size_t(tile_scratch(p.q.size(2), p.out.size(2), bool(p.kv_scale))));
     for (std::int64_t i; (i = left.fetch_sub(1) - 1) >= 0;) {
       attend_tile(tile_of(p, items[std::size_t(i)]), scratch.data());
     }
@@ -143,20 +159,21 @@ void run(const Problem& p) {
 
 }  // namespace
 
-std::int64_t tile_scratch(std::int64_t head_dim_qk, std::int64_t head_dim_v) {
+std::int64_t tile_scratch(std::int64_t head_dim_qk, std::int64_t head_dim_v, bool has_codes) {
   const auto padded = [](std::int64_t n) { return (n + 15) / 16 * 16; };
-  return kMaxRows * (padded(head_dim_qk) + padded(head_dim_v) + kKeyBlock + 2);
+  const std::int64_t widths = padded(head_dim_qk) + padded(head_dim_v);
+  return kMaxRows * (widths + kKeyBlock + 2) + (has_codes ? kKeyBlock * widths : 0);
 }
 
 void attention_cpu(const AttentionParams& p) {
-  run({p.q, p.block_tables, p.cu_seqlens_q, p.seq_lens, p.out, p.kv_cache, p.kv_cache.size(2),
-       p.kv_cache.size(3), p.kv_cache.stride(2), p.kv_cache.stride(3), p.kv_cache.stride(1),
-       p.scale, p.max_seqlen_q, p.max_seq_len});
+  run({p.q, p.block_tables, p.cu_seqlens_q, p.seq_lens, p.out, p.kv_cache, p.kv_scale, TensorView{},
+       p.kv_cache.size(2), p.kv_cache.size(3), p.kv_cache.stride(2), p.kv_cache.stride(3),
+       p.kv_cache.stride(1), p.scale, p.max_seqlen_q, p.max_seq_len});
 }
 
 void mla_attention_cpu(const MlaAttentionParams& p) {
-  run({p.q, p.block_tables, p.cu_seqlens_q, p.seq_lens, p.out, p.kv_cache, p.kv_cache.size(1), 1,
-       p.kv_cache.stride(1), 0, 0, p.scale, p.max_seqlen_q, p.max_seq_len});
+  run({p.q, p.block_tables, p.cu_seqlens_q, p.seq_lens, p.out, p.kv_cache, p.kv_scale, p.pe_cache,
+       p.kv_cache.size(1), 1, p.kv_cache.stride(1), 0, 0, p.scale, p.max_seqlen_q, p.max_seq_len});
 }
 
 }  // namespace fastgpt::attention

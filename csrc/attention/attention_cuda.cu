@@ -6,6 +6,7 @@
 #include "device/launch.cuh"
 #include "device/pack.cuh"
 #include "fastgpt/check.h"
+#include "fastgpt/kv_format.h"
 
 namespace fastgpt::attention {
 namespace {
@@ -106,14 +107,17 @@ PagedArgs common_args(const Params& p) {
                 "max_seqlen_q is ", args.max_seqlen_q, " with ", args.num_heads,
                 " heads; split the prefill into chunks");
   args.scale = p.scale;
+  args.kv_scale = p.kv_scale.template as<float>();
+  args.scale_block_stride = p.kv_scale.stride(0);
   return args;
 }
 
 bool fits_tensor_cores(const TensorView& q, const TensorView& kv_cache, const TensorView& out,
                        const Stream& stream) {
-  return q.dtype == kv_cache.dtype && has_tensor_cores(q.dtype, stream) &&
-         device::rows_aligned(q, 8) && device::rows_aligned(kv_cache, 8) &&
-         device::rows_aligned(out, 8);
+  const bool has_codes = is_code(kv_cache.dtype);  // 16 of them make one copy
+  return (has_codes || q.dtype == kv_cache.dtype) && has_tensor_cores(q.dtype, stream) &&
+         device::rows_aligned(q, 8) && device::rows_aligned(kv_cache, has_codes ? 16 : 8) &&
+         device::rows_aligned(out, 8) && (!has_codes || q.size(2) % 16 == 0);
 }
 
 }  // namespace
@@ -126,6 +130,12 @@ void attention_cuda(const AttentionParams& p, const Stream& stream) {
   args.block_size = int(p.kv_cache.size(2));
   args.num_kv_heads = int(p.kv_cache.size(3));
   args.group = args.num_heads / args.num_kv_heads;
+  const bool has_codes = is_code(p.kv_cache.dtype);
+  if (has_codes) {
+    args.scale_value_offset = p.kv_scale.stride(1);
+    args.scale_head_stride = p.kv_scale.stride(2);
+    args.scale_slot_stride = 1;
+  }
   const bool is_known = args.head_dim_qk <= 256 && args.head_dim_v <= args.head_dim_qk;
   if (!is_known || !fits_tensor_cores(p.q, p.kv_cache, p.out, stream)) {
     return launch_fma(args, p.q.dtype, p.kv_cache.dtype, stream);
@@ -133,10 +143,10 @@ void attention_cuda(const AttentionParams& p, const Stream& stream) {
   if (args.max_seqlen_q > kMaxDecodeTokens) {
     // One request needs no second launch for the short ones.
     args.min_q_len = args.num_reqs == 1 ? 0 : kMaxDecodeTokens + 1;
-    if (has_wgmma_prefill(args)) {
+    if (!has_codes && has_wgmma_prefill(args)) {
       launch_prefill_wgmma(args, p.q.dtype, stream);
     } else {
-      launch_prefill(args, p.q.dtype, stream);
+      launch_prefill(args, p.q.dtype, p.kv_cache.dtype, stream);
     }
     if (args.num_reqs == 1) return;
   }
@@ -144,7 +154,7 @@ void attention_cuda(const AttentionParams& p, const Stream& stream) {
   const std::int64_t row_tiles = (tokens * args.group + kRowsPerCta - 1) / kRowsPerCta;
   plan_splits(args, p.workspace, row_tiles * args.num_kv_heads * args.num_reqs, kGqaCtas,
               device::current_traits().arch >= 90, p.max_seq_len, stream);
-  launch_decode(args, p.q.dtype, stream);
+  launch_decode(args, p.q.dtype, p.kv_cache.dtype, stream);
   if (args.num_splits > 1 && !args.is_cluster) launch_combine(args, p.q.dtype, stream);
 }
 
@@ -154,14 +164,25 @@ void mla_attention_cuda(const MlaAttentionParams& p, const Stream& stream) {
   args.block_size = int(p.kv_cache.size(1));
   args.num_kv_heads = 1;
   args.group = args.num_heads;
-  const bool is_known = args.head_dim_qk == 576 && args.head_dim_v == 512;
+  const bool has_codes = is_code(p.kv_cache.dtype);
+  bool is_known = args.head_dim_qk == 576 && args.head_dim_v == 512;
+  if (has_codes) {
+    args.latent = int(p.kv_cache.size(2));
+    args.scale_slot_stride = p.kv_scale.stride(1);
+    args.pe = p.pe_cache.data;
+    args.pe_dtype = p.pe_cache.dtype;
+    args.pe_block_stride = p.pe_cache.stride(0);
+    args.pe_slot_stride = p.pe_cache.stride(1);
+    is_known = is_known && args.latent == args.head_dim_v && p.pe_cache.dtype == p.q.dtype &&
+               device::rows_aligned(p.pe_cache, 8) && device::rows_aligned(p.kv_scale, 4);
+  }
   if (!is_known || !fits_tensor_cores(p.q, p.kv_cache, p.out, stream)) {
     return launch_fma(args, p.q.dtype, p.kv_cache.dtype, stream);
   }
   const std::int64_t tokens = std::min(args.max_seqlen_q, kMaxDecodeTokens);
   // From a quarter of its rows on, the 64-row CTA is the faster one.
   const bool by_wgmma =
-      args.max_seqlen_q * args.num_heads >= kMlaWgmmaRows / 4 && has_wgmma_mla(args);
+      !has_codes && args.max_seqlen_q * args.num_heads >= kMlaWgmmaRows / 4 && has_wgmma_mla(args);
   const std::int64_t cta_rows = by_wgmma ? kMlaWgmmaRows : kRowsPerCta;
   const std::int64_t row_tiles = (tokens * args.num_heads + cta_rows - 1) / cta_rows;
   plan_splits(args, p.workspace, row_tiles * args.num_reqs, by_wgmma ? 1 : kMlaCtas, false,
@@ -169,7 +190,7 @@ void mla_attention_cuda(const MlaAttentionParams& p, const Stream& stream) {
   if (by_wgmma) {
     launch_mla_wgmma(args, p.q.dtype, stream);
   } else {
-    launch_mla(args, p.q.dtype, stream);
+    launch_mla(args, p.q.dtype, p.kv_cache.dtype, stream);
   }
   if (args.num_splits > 1) launch_combine(args, p.q.dtype, stream);
 }

@@ -18,7 +18,8 @@ constexpr int kMaxClusterSplits = 8;
 constexpr int kSplitKeys = 64;
 
 /// Strides count elements. For MLA, kv is the latent row: keys are its 576 columns, values its
-/// first 512, and every head shares it (num_kv_heads 1).
+/// first 512, and every head shares it (num_kv_heads 1). The last fields are of codes alone
+/// (kv_format.h); those of pe of latent codes.
 struct PagedArgs {
   const void* q;
   std::int64_t q_token_stride;
@@ -52,11 +53,23 @@ struct PagedArgs {
   int max_seqlen_q;
   int min_q_len;  // requests with fewer new tokens belong to another launch
   float scale;
+
+  const float* kv_scale;
+  std::int64_t scale_block_stride;
+  std::int64_t scale_value_offset;  // from a key's scale to its value's
+  std::int64_t scale_slot_stride;
+  std::int64_t scale_head_stride;
+  const void* pe;
+  DType pe_dtype;
+  std::int64_t pe_block_stride;
+  std::int64_t pe_slot_stride;
+  int latent;  // columns of latent codes; 0: keys and values per head
 };
 
-void launch_prefill(const PagedArgs& args, DType dtype, const Stream& stream);
-void launch_decode(const PagedArgs& args, DType dtype, const Stream& stream);
-void launch_mla(const PagedArgs& args, DType dtype, const Stream& stream);
+/// cache_dtype: the queries' dtype, or codes.
+void launch_prefill(const PagedArgs& args, DType dtype, DType cache_dtype, const Stream& stream);
+void launch_decode(const PagedArgs& args, DType dtype, DType cache_dtype, const Stream& stream);
+void launch_mla(const PagedArgs& args, DType dtype, DType cache_dtype, const Stream& stream);
 
 /// The same by Hopper's warp-group products and bulk copies, where has_wgmma_prefill and _mla: the
 /// loaded code is sm_90a's, and a block of the cache can be cut into boxes for the copy engine.
@@ -67,7 +80,7 @@ void launch_mla_wgmma(const PagedArgs& args, DType dtype, const Stream& stream);
 
 void launch_combine(const PagedArgs& args, DType dtype, const Stream& stream);
 
-/// Any float dtypes and alignment, by plain multiplications: float32, and what tensor cores cannot.
+/// Any dtypes and alignment, by plain multiplications: float32, and what tensor cores cannot.
 void launch_fma(const PagedArgs& args, DType dtype, DType cache_dtype, const Stream& stream);
 
 /// True if the code that runs on this device multiplies this dtype on tensor cores.

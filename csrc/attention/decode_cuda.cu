@@ -1,4 +1,4 @@
-#include "attention/paged.cuh"
+#include "attention/cache_tile.cuh"
 #include "device/cluster.cuh"
 #include "device/dependent.cuh"
 #include "device/launch.cuh"
@@ -12,13 +12,16 @@ namespace {
 constexpr int kRows = 16;      // query rows of a CTA: the M of one mma
 constexpr int kTileKeys = 16;  // keys of a warp's tile: the K of one mma
 
-template <int D>
+template <class C, int D>
 struct DecodeShape {
   static constexpr int kWarps = D > 128 ? 2 : 4;
-  static constexpr int kTileElements = kTileKeys * D;
-  static constexpr int kStages = 64 * 1024 / (kWarps * 2 * kTileElements * 2);
+  static constexpr int kTileBytes = kTileKeys * D * int(sizeof(C));
+  // Of codes: the scales of 16 keys, then those of their values.
+  static constexpr int kScaleBytes = kIsCode<C> ? 2 * kTileKeys * 4 : 0;
+  static constexpr int kTilesBytes = 2 * kTileBytes + kScaleBytes;  // a stage of one warp
+  static constexpr int kStages = 64 * 1024 / (kWarps * kTilesBytes);
   static constexpr int kMergeStride = D + 8;  // floats; the pad keeps a quad's stores apart
-  static constexpr int kStageBytes = kWarps * kStages * 2 * kTileElements * 2;
+  static constexpr int kStageBytes = kWarps * kStages * kTilesBytes;
   static constexpr int kMergeBytes = kWarps * kRows * (kMergeStride + 2) * 4;
   static constexpr int kReceiveStride = D + 4;  // floats of a row and its lse
   static constexpr int kReceiveBytes = (kRows + kMaxClusterSplits - 1) * kReceiveStride * 4;
@@ -53,9 +56,12 @@ __device__ void store_quad(const PagedArgs& args, const RequestView& request, in
 // each with its own pipeline and its own softmax: no barrier until the warps merge at the end.
 // Splits that are a cluster merge too: each finishes every num_active-th row, whose parts the
 // others store into its shared memory. Else combine_splits_kernel does. Rejected: all warps on one
-// tile, which costs two barriers per tile. Grid: (num_splits, row tiles * num_kv_heads, num_reqs).
-template <class T, int D>
-__global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
+// tile, which costs two barriers per tile.
+// Codes of a byte are multiplied as T, exactly, and summed in float32; a key's scale multiplies its
+// scores and a value's its probabilities.
+// Grid: (num_splits, row tiles * num_kv_heads, num_reqs).
+template <class T, class C, int D>
+__global__ void __launch_bounds__(DecodeShape<C, D>::kWarps * 32)
     decode_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
 #if __CUDA_ARCH__ < 800
   if constexpr (!std::is_same_v<T, __half>) {
@@ -63,7 +69,8 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
   } else
 #endif
   {
-    using Shape = DecodeShape<D>;
+    using Shape = DecodeShape<C, D>;
+    constexpr int kWidth = kWidth16<C, D>;
     constexpr int kWarps = Shape::kWarps;
     constexpr int kStages = Shape::kStages;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -84,8 +91,10 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
     const int end = min(range.end, request.num_keys(last_token));
     const int num_tiles = end > range.begin ? (end - range.begin + kTileKeys - 1) / kTileKeys : 0;
 
-    const T* kv = static_cast<const T*>(args.kv) + kv_head * args.kv_head_stride;
-    T* tiles = reinterpret_cast<T*>(shared) + warp * kStages * 2 * Shape::kTileElements;
+    // Rows are copied in pairs of bytes.
+    constexpr int kPerElement = 2 / int(sizeof(C));
+    const void* kv = static_cast<const C*>(args.kv) + kv_head * args.kv_head_stride;
+    unsigned char* tiles = shared + warp * kStages * Shape::kTilesBytes;
     const auto fetch_block = [&](int tile) {
       const int key = range.begin + tile * kTileKeys + lane;
       return lane < kTileKeys && key < end ? request.block_table[key / args.block_size] : -1;
@@ -94,11 +103,24 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
       if (tile < num_tiles) {
         const int key = range.begin + tile * kTileKeys + lane;
         const std::int64_t offset =
-            block < 0 ? -1 : block * args.block_stride + key % args.block_size * args.slot_stride;
-        T* k_tile = tiles + stage * 2 * Shape::kTileElements;
-        copy_rows_async<D, kTileKeys>(k_tile, 0, kv, offset, args.head_dim_qk);
-        copy_rows_async<D, kTileKeys>(k_tile + Shape::kTileElements, 0, kv + args.value_offset,
-                                      offset, args.head_dim_v);
+            block < 0 ? -1
+                      : (block * args.block_stride + key % args.block_size * args.slot_stride) /
+                            kPerElement;
+        unsigned char* stage_tiles = tiles + stage * Shape::kTilesBytes;
+        copy_keys_values_async<kWidth, kTileKeys>(
+            reinterpret_cast<std::uint16_t*>(stage_tiles),
+            reinterpret_cast<std::uint16_t*>(stage_tiles + Shape::kTileBytes), 0,
+            static_cast<const std::uint16_t*>(kv), args.value_offset / kPerElement, offset,
+            args.head_dim_qk / kPerElement, args.head_dim_v / kPerElement);
+        if constexpr (kIsCode<C>) {  // a lane copies one scale: of keys, then of values
+          const int own = __shfl_sync(~0U, block, lane % kTileKeys);
+          const int slot = (range.begin + tile * kTileKeys + lane % kTileKeys) % args.block_size;
+          const std::int64_t at = own * args.scale_block_stride +
+                                  lane / kTileKeys * args.scale_value_offset +
+                                  kv_head * args.scale_head_stride + slot;
+          copy_scale_async(reinterpret_cast<float*>(stage_tiles + 2 * Shape::kTileBytes) + lane,
+                           args.kv_scale + (own < 0 ? 0 : at), own >= 0);
+        }
       }
       device::commit_async_copies();
     };
@@ -124,14 +146,7 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
                                    (kv_head * args.group + row % args.group) * args.q_head_stride
                              : nullptr;
       }
-#pragma unroll
-      for (int k = 0; k < D / 16; ++k) {
-        const int column = k * 16 + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          q[k][i] = load_query_pair(row_start[i % 2], column + i / 2 * 8, args.head_dim_qk);
-        }
-      }
+      load_query_fragments<T, C>(q, row_start, 0, args.head_dim_qk);
     }
 
     float out[D / 8][4] = {};
@@ -144,19 +159,13 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
       next_block = fetch_block(ahead + kWarps);
       device::wait_async_copies<kStages - 1>();
       __syncwarp();
-      const T* k_tile = tiles + stage * 2 * Shape::kTileElements;
-      const T* v_tile = k_tile + Shape::kTileElements;
+      const unsigned char* k_tile = tiles + stage * Shape::kTilesBytes;
+      const unsigned char* v_tile = k_tile + Shape::kTileBytes;
+      const float* scales = reinterpret_cast<const float*>(v_tile + Shape::kTileBytes);
 
       float s[2][4] = {};
-#pragma unroll
-      for (int k = 0; k < D / 16; ++k) {
-        std::uint32_t b[4];
-        device::load_matrix_x4(
-            b, device::shared_address(k_tile + tile_index<D>((lane & 7) + ((lane >> 4) << 3),
-                                                             k * 2 + ((lane >> 3) & 1))));
-        device::mma_m16n8k16<T>(s[0], q[k], b[0], b[1]);
-        device::mma_m16n8k16<T>(s[1], q[k], b[2], b[3]);
-      }
+      add_scores<T, C, kWidth>(s, q, k_tile, 0);
+      if constexpr (kIsCode<C>) scale_columns<1>(s, scales, kKeyUnit<T, C>);
       const int first_key = range.begin + tile * kTileKeys + lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -174,17 +183,11 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
           for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
         }
       }
+      if constexpr (kIsCode<C>) scale_columns<1>(s, scales + kTileKeys, kValueUnit<T, C>);
       const std::uint32_t p[4] = {
           device::pack_pair<T>(s[0][0], s[0][1]), device::pack_pair<T>(s[0][2], s[0][3]),
           device::pack_pair<T>(s[1][0], s[1][1]), device::pack_pair<T>(s[1][2], s[1][3])};
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        std::uint32_t b[4];
-        device::load_matrix_x4_transposed(
-            b, device::shared_address(v_tile + tile_index<D>(lane & 15, n * 2 + (lane >> 4))));
-        device::mma_m16n8k16<T>(out[2 * n], p, b[0], b[1]);
-        device::mma_m16n8k16<T>(out[2 * n + 1], p, b[2], b[3]);
-      }
+      add_outputs<T, C, kWidth>(out, p, v_tile, 0, 0);
       __syncwarp();  // the next copy overwrites this stage
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
@@ -216,11 +219,15 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = warp * kRows + lane / 4 + r * 8;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        *reinterpret_cast<float2*>(merge + row * Shape::kMergeStride + n * 8 + lane % 4 * 2) =
-            make_float2(out[n][2 * r], out[n][2 * r + 1]);
-      }
+      for_each_run_of_row<C>(out, r, [&](int column, const auto& values) {
+        float* target = merge + row * Shape::kMergeStride + column;
+        if constexpr (kIsCode<C>) {
+          *reinterpret_cast<float4*>(target) =
+              make_float4(values[0], values[1], values[2], values[3]);
+        } else {
+          *reinterpret_cast<float2*>(target) = make_float2(values[0], values[1]);
+        }
+      });
       if (lane % 4 == 0) {
         maxima[row] = softmax.maximum[r];
         sums[row] = softmax.sum[r];
@@ -250,7 +257,7 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
         total.z += weight * part.z;
         total.w += weight * part.w;
       }
-      const float inv = sum > 0.0F ? 1.0F / sum : 0.0F;
+      const float inv = sum > 0.0F ? kOutUnit<T, C> / sum : 0.0F;
       const int token = (first_row + row) / args.group;
       const int head = kv_head * args.group + (first_row + row) % args.group;
       if (is_cluster) {
@@ -305,37 +312,39 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32)
   }
 }
 
-template <class T, int D>
+template <class T, class C, int D>
 void launch(const PagedArgs& args, const Stream& stream) {
-  using Shape = DecodeShape<D>;
-  device::allow_shared_bytes<decode_kernel<T, D>>(Shape::kBytes, stream.device);
+  using Shape = DecodeShape<C, D>;
+  device::allow_shared_bytes<decode_kernel<T, C, D>>(Shape::kBytes, stream.device);
   const int q_len = args.max_seqlen_q < kMaxDecodeTokens ? args.max_seqlen_q : kMaxDecodeTokens;
   const int row_tiles = (q_len * args.group + kRows - 1) / kRows;
   const dim3 grid(unsigned(args.num_splits), unsigned(row_tiles * args.num_kv_heads),
                   unsigned(args.num_reqs));
-  device::launch(decode_kernel<T, D>, grid, Shape::kWarps * 32, Shape::kBytes,
+  device::launch(decode_kernel<T, C, D>, grid, Shape::kWarps * 32, Shape::kBytes,
                  static_cast<cudaStream_t>(stream.handle), args,
                  args.is_cluster ? unsigned(args.num_splits) : 1U);
 }
 
-template <class T>
-void launch_dtype(const PagedArgs& args, const Stream& stream) {
-  if (args.head_dim_qk <= 64) return launch<T, 64>(args, stream);
-  if (args.head_dim_qk <= 128) return launch<T, 128>(args, stream);
-  launch<T, 256>(args, stream);
+template <class T, class C>
+void launch_size(const PagedArgs& args, const Stream& stream) {
+  if (args.head_dim_qk <= 64) return launch<T, C, 64>(args, stream);
+  if (args.head_dim_qk <= 128) return launch<T, C, 128>(args, stream);
+  launch<T, C, 256>(args, stream);
 }
 
 }  // namespace
 
-void launch_decode(const PagedArgs& args, DType dtype, const Stream& stream) {
-  if (dtype == DType::kF16) return launch_dtype<__half>(args, stream);
-  launch_dtype<__nv_bfloat16>(args, stream);
+void launch_decode(const PagedArgs& args, DType dtype, DType cache_dtype, const Stream& stream) {
+  dispatch_cache(dtype, cache_dtype, [&](auto tag, auto cache_tag) {
+    launch_size<decltype(tag), decltype(cache_tag)>(args, stream);
+  });
 }
 
 bool has_tensor_cores(DType dtype, const Stream& stream) {
   if (dtype == DType::kF16) return true;
   return dtype == DType::kBF16 &&
-         device::compiled_arch<decode_kernel<__nv_bfloat16, 64>>(stream.device) >= 80;
+         device::compiled_arch<decode_kernel<__nv_bfloat16, __nv_bfloat16, 64>>(stream.device) >=
+             80;
 }
 
 }  // namespace fastgpt::attention

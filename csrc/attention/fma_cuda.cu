@@ -1,13 +1,57 @@
-#include "attention/paged.cuh"
+#include "attention/cache_tile.cuh"
 #include "device/dependent.cuh"
 #include "device/types.cuh"
+#include "device/vec.cuh"
 #include "fastgpt/check.h"
+#include "fastgpt/kv_format.h"
 
 namespace fastgpt::attention {
 namespace {
 
 constexpr int kWarps = 4;
 constexpr int kStepKeys = 4;  // keys a warp handles at once: their reductions overlap
+
+/// Where a token's row, its scales and its rotary columns stand.
+struct CachedToken {
+  std::int64_t row;
+  std::int64_t scale;
+  std::int64_t pe;
+};
+
+template <class C>
+__device__ CachedToken find_token(const PagedArgs& args, int kv_head, std::int64_t block,
+                                  int slot) {
+  CachedToken token{
+      block * args.block_stride + slot * args.slot_stride + kv_head * args.kv_head_stride, 0, 0};
+  if constexpr (kIsCode<C>) {
+    token.scale = block * args.scale_block_stride + slot * args.scale_slot_stride +
+                  kv_head * args.scale_head_stride;
+    token.pe = block * args.pe_block_stride + slot * args.pe_slot_stride;
+  }
+  return token;
+}
+
+/// One element of a token's key or value, dequantized.
+template <class C, bool kIsValue>
+__device__ float cached_element(const PagedArgs& args, const CachedToken& token, int column) {
+  const C* row = static_cast<const C*>(args.kv) + token.row + (kIsValue ? args.value_offset : 0);
+  if constexpr (!kIsCode<C>) {
+    return device::to_float(row[column]);
+  } else {
+    std::int64_t scale = token.scale + (kIsValue ? args.scale_value_offset : 0);
+    if (args.latent > 0) {
+      if (column >= args.latent) {
+        return device::load_float(args.pe, args.pe_dtype, token.pe + column - args.latent);
+      }
+      scale += column / int(kLatentGroup);
+    }
+    if constexpr (std::is_same_v<C, Fp8>) {
+      return device::fp8_to_float(row[column].bits) * args.kv_scale[scale];
+    } else {
+      return float(row[column]) * args.kv_scale[scale];
+    }
+  }
+}
 
 // One CTA owns one query row of one head; its warps take four keys each in turn, lanes share the
 // columns (lane, lane + 32, ...), and the warps' softmax states merge at the end. Plain float32
@@ -45,24 +89,24 @@ __global__ void __launch_bounds__(kWarps * 32)
     const int column = lane + i * 32;
     query[i] = column < args.head_dim_qk ? device::to_float(q[column]) * args.scale : 0.0F;
   }
-  const C* kv = static_cast<const C*>(args.kv) + head / args.group * args.kv_head_stride;
   float maximum = -INFINITY;
   float sum = 0.0F;
   float out[kPerLane] = {};
   for (int first = warp * kStepKeys; first < end; first += kWarps * kStepKeys) {
-    std::int64_t offset[kStepKeys];
+    CachedToken key_token[kStepKeys];
     float score[kStepKeys];
 #pragma unroll
     for (int j = 0; j < kStepKeys; ++j) {
       const int key = min(first + j, end - 1);
-      offset[j] = request.block_table[key / args.block_size] * args.block_stride +
-                  key % args.block_size * args.slot_stride;
+      key_token[j] =
+          find_token<C>(args, head / args.group, request.block_table[key / args.block_size],
+                        key % args.block_size);
       score[j] = 0.0F;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int column = lane + i * 32;
         if (column < args.head_dim_qk) {
-          score[j] = fmaf(query[i], device::to_float(kv[offset[j] + column]), score[j]);
+          score[j] = fmaf(query[i], cached_element<C, false>(args, key_token[j], column), score[j]);
         }
       }
     }
@@ -90,7 +134,7 @@ __global__ void __launch_bounds__(kWarps * 32)
       for (int i = 0; i < kPerLane; ++i) {
         const int column = lane + i * 32;
         if (column < args.head_dim_v) {
-          out[i] = fmaf(p, device::to_float(kv[offset[j] + args.value_offset + column]), out[i]);
+          out[i] = fmaf(p, cached_element<C, true>(args, key_token[j], column), out[i]);
         }
       }
     }
@@ -137,9 +181,11 @@ void launch_fma(const PagedArgs& args, DType dtype, DType cache_dtype, const Str
   FASTGPT_CHECK(args.head_dim_qk <= 576, "q has head size ", args.head_dim_qk,
                 "; expected at most 576");
   device::dispatch_float(dtype, [&](auto tag) {
-    device::dispatch_float(cache_dtype, [&](auto cache_tag) {
-      launch<decltype(tag), decltype(cache_tag)>(args, stream);
-    });
+    using T = decltype(tag);
+    if (cache_dtype == DType::kU8) return launch<T, Fp8>(args, stream);
+    if (cache_dtype == DType::kI8) return launch<T, std::int8_t>(args, stream);
+    device::dispatch_float(cache_dtype,
+                           [&](auto cache_tag) { launch<T, decltype(cache_tag)>(args, stream); });
   });
 }
 

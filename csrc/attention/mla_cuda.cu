@@ -1,9 +1,12 @@
-#include "attention/paged.cuh"
+#include <iterator>
+
+#include "attention/cache_tile.cuh"
 #include "device/dependent.cuh"
 #include "device/launch.cuh"
 #include "device/pack.cuh"
 #include "device/types.cuh"
 #include "fastgpt/check.h"
+#include "fastgpt/kv_format.h"
 
 namespace fastgpt::attention {
 namespace {
@@ -14,11 +17,18 @@ constexpr int kHeadDimQk = 576;
 constexpr int kHeadDimV = 512;
 constexpr int kWarpDepth = kHeadDimQk / kWarps;   // columns of q k^T that one warp multiplies
 constexpr int kWarpColumns = kHeadDimV / kWarps;  // columns of the output that one warp owns
+constexpr int kRopeDim = kHeadDimQk - kHeadDimV;
+static_assert(kWarpColumns == kLatentGroup, "a warp's columns have one scale a key");
 
-template <int kTileKeys>
+// A stage holds rows of 576 columns; of codes, rows of 512, rows of 64 rotary columns, and four
+// scales a key.
+template <class C, int kTileKeys>
 struct MlaShape {
-  static constexpr int kTileElements = kTileKeys * kHeadDimQk;
-  static constexpr int kStageBytes = 2 * kTileElements * 2;
+  static constexpr int kPeOffset = kTileKeys * kHeadDimV;
+  static constexpr int kScaleOffset = kPeOffset + kTileKeys * kRopeDim * 2;
+  static constexpr int kTileBytes =
+      kIsCode<C> ? kScaleOffset + kTileKeys * 16 : kTileKeys * kHeadDimQk * 2;
+  static constexpr int kStageBytes = 2 * kTileBytes;
   static constexpr int kScoreBytes = kWarps * kRows * kTileKeys * 4;
   static constexpr int kBytes = kStageBytes + kScoreBytes;
   static_assert(kBytes <= (kTileKeys == 16 ? 64 : 99) << 10, "limits of sm_75 and sm_80");
@@ -32,9 +42,12 @@ struct MlaShape {
 //            memory and every warp adds them in the same order, so all hold the same softmax
 //   values:  warp w accumulates output columns 128 w .. 128 w + 127
 //
+// Of codes, warp w multiplies latent columns 128 w .. 128 w + 127, which share a scale a key, and
+// rotary columns 16 w .. 16 w + 15: scores take the scale before they meet, probabilities before
+// they multiply the warp's values. Codes are multiplied as T, exactly, and summed in float32.
 // Rejected: one warp per 16 keys, which needs 256 registers for outputs alone.
 // Grid: (row tiles, num_splits, num_reqs); row tiles run fastest so that they share keys in L2.
-template <class T, int kTileKeys>
+template <class T, class C, int kTileKeys>
 __global__ void __launch_bounds__(kWarps * 32)
     mla_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
 #if __CUDA_ARCH__ < 800
@@ -43,12 +56,13 @@ __global__ void __launch_bounds__(kWarps * 32)
   } else
 #endif
   {
-    using Shape = MlaShape<kTileKeys>;
+    using Shape = MlaShape<C, kTileKeys>;
+    constexpr int kWidth = kWidth16 < C, kIsCode<C> ? kHeadDimV : kHeadDimQk > ;
+    constexpr int kDepth = kIsCode<C> ? kWarpColumns : kWarpDepth;  // of the warp's products
     constexpr int kWarpKeys = kTileKeys / kWarps;  // rows of a tile that one warp copies
     constexpr int kTiles = kTileKeys / 8;
     extern __shared__ __align__(128) unsigned char shared[];
     const PagedArgs& args = dependent.wait();
-    T* tiles = reinterpret_cast<T*>(shared);
     float4* scores = reinterpret_cast<float4*>(shared + Shape::kStageBytes);  // [warp][n][lane]
 
     const int warp = int(threadIdx.x / 32);
@@ -66,7 +80,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     const int end = min(range.end, request.num_keys(last_token));
     const int num_tiles = end > range.begin ? (end - range.begin + kTileKeys - 1) / kTileKeys : 0;
 
-    const T* kv = static_cast<const T*>(args.kv);
+    const auto* kv = static_cast<const std::uint16_t*>(args.kv);  // copied in pairs of bytes
+    constexpr int kPerElement = 2 / int(sizeof(C));
     const auto fetch_block = [&](int tile) {
       const int key = range.begin + tile * kTileKeys + warp * kWarpKeys + lane;
       return lane < kWarpKeys && key < end ? request.block_table[key / args.block_size] : -1;
@@ -74,10 +89,24 @@ __global__ void __launch_bounds__(kWarps * 32)
     const auto start_copy = [&](int tile, int block) {
       if (tile < num_tiles) {
         const int key = range.begin + tile * kTileKeys + warp * kWarpKeys + lane;
+        const int slot = key % args.block_size;
         const std::int64_t offset =
-            block < 0 ? -1 : block * args.block_stride + key % args.block_size * args.slot_stride;
-        copy_rows_async<kHeadDimQk, kWarpKeys>(tiles + tile % 2 * Shape::kTileElements,
-                                               warp * kWarpKeys, kv, offset, kHeadDimQk);
+            block < 0 ? -1 : (block * args.block_stride + slot * args.slot_stride) / kPerElement;
+        unsigned char* stage = shared + tile % 2 * Shape::kTileBytes;
+        const int row = warp * kWarpKeys;
+        copy_rows_async<kWidth, kWarpKeys>(reinterpret_cast<std::uint16_t*>(stage), row, kv, offset,
+                                           kWidth);
+        if constexpr (kIsCode<C>) {
+          const std::int64_t pe_offset =
+              block < 0 ? -1 : block * args.pe_block_stride + slot * args.pe_slot_stride;
+          copy_rows_async<kRopeDim, kWarpKeys>(reinterpret_cast<T*>(stage + Shape::kPeOffset), row,
+                                               static_cast<const T*>(args.pe), pe_offset, kRopeDim);
+          if (lane < kWarpKeys) {
+            const std::int64_t at = block * args.scale_block_stride + slot * args.scale_slot_stride;
+            device::copy_async_16(stage + Shape::kScaleOffset + (row + lane) * 16,
+                                  args.kv_scale + (block < 0 ? 0 : at), block >= 0);
+          }
+        }
       }
       device::commit_async_copies();
     };
@@ -85,7 +114,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     int next_block = fetch_block(1);
 
     int limit[2];  // keys each of this thread's rows may see
-    std::uint32_t q[kWarpDepth / 16][4];
+    std::uint32_t q[kDepth / 16][4];
+    [[maybe_unused]] std::uint32_t q_pe[1][4];
     {
       const T* row_start[2];
 #pragma unroll
@@ -99,13 +129,9 @@ __global__ void __launch_bounds__(kWarps * 32)
                                    row % args.num_heads * args.q_head_stride
                              : nullptr;
       }
-#pragma unroll
-      for (int k = 0; k < kWarpDepth / 16; ++k) {
-        const int column = warp * kWarpDepth + k * 16 + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          q[k][i] = load_query_pair(row_start[i % 2], column + i / 2 * 8, kHeadDimQk);
-        }
+      load_query_fragments<T, C>(q, row_start, warp * kDepth, kHeadDimQk);
+      if constexpr (kIsCode<C>) {
+        load_query_fragments<T, T>(q_pe, row_start, kHeadDimV + warp * 16, kHeadDimQk);
       }
     }
 
@@ -117,22 +143,15 @@ __global__ void __launch_bounds__(kWarps * 32)
       __syncthreads();  // tile has landed; every warp is done with the other stage and the scores
       start_copy(tile + 1, next_block);
       next_block = fetch_block(tile + 2);
-      const T* kv_tile = tiles + tile % 2 * Shape::kTileElements;
+      const unsigned char* kv_tile = shared + tile % 2 * Shape::kTileBytes;
+      [[maybe_unused]] const float* scales =
+          reinterpret_cast<const float*>(kv_tile + Shape::kScaleOffset) + warp;
 
       float s[kTiles][4] = {};
-#pragma unroll
-      for (int k = 0; k < kWarpDepth / 16; ++k) {
-#pragma unroll
-        for (int n = 0; n < kTileKeys / 16; ++n) {
-          std::uint32_t b[4];
-          device::load_matrix_x4(
-              b, device::shared_address(
-                     kv_tile +
-                     tile_index<kHeadDimQk>(n * 16 + (lane & 7) + ((lane >> 4) << 3),
-                                            warp * (kWarpDepth / 8) + k * 2 + ((lane >> 3) & 1))));
-          device::mma_m16n8k16<T>(s[2 * n], q[k], b[0], b[1]);
-          device::mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
-        }
+      add_scores<T, C, kWidth>(s, q, kv_tile, warp * (kDepth * int(sizeof(C)) / 16));
+      if constexpr (kIsCode<C>) {
+        scale_columns<kWarps>(s, scales, kKeyUnit<T, C>);
+        add_scores<T, T, kRopeDim>(s, q_pe, kv_tile + Shape::kPeOffset, warp * 2);
       }
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
@@ -166,22 +185,15 @@ __global__ void __launch_bounds__(kWarps * 32)
           for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
         }
       }
+      if constexpr (kIsCode<C>) scale_columns<kWarps>(s, scales, kValueUnit<T, C>);
 #pragma unroll
       for (int k = 0; k < kTileKeys / 16; ++k) {
         const std::uint32_t p[4] = {device::pack_pair<T>(s[2 * k][0], s[2 * k][1]),
                                     device::pack_pair<T>(s[2 * k][2], s[2 * k][3]),
                                     device::pack_pair<T>(s[2 * k + 1][0], s[2 * k + 1][1]),
                                     device::pack_pair<T>(s[2 * k + 1][2], s[2 * k + 1][3])};
-#pragma unroll
-        for (int n = 0; n < kWarpColumns / 16; ++n) {
-          std::uint32_t b[4];
-          device::load_matrix_x4_transposed(
-              b, device::shared_address(kv_tile + tile_index<kHeadDimQk>(k * 16 + (lane & 15),
-                                                                         warp * (kWarpColumns / 8) +
-                                                                             n * 2 + (lane >> 4))));
-          device::mma_m16n8k16<T>(out[2 * n], p, b[0], b[1]);
-          device::mma_m16n8k16<T>(out[2 * n + 1], p, b[2], b[3]);
-        }
+        add_outputs<T, C, kWidth>(out, p, kv_tile, k * 16,
+                                  warp * (kWarpColumns * int(sizeof(C)) / 16));
       }
     }
     softmax.finish();
@@ -191,52 +203,62 @@ __global__ void __launch_bounds__(kWarps * 32)
     for (int r = 0; r < 2; ++r) {
       const int row = first_row + lane / 4 + r * 8;
       if (row >= num_rows) continue;
-      const float inv = softmax.sum[r] > 0.0F ? 1.0F / softmax.sum[r] : 0.0F;
+      const float inv = softmax.sum[r] > 0.0F ? kOutUnit<T, C> / softmax.sum[r] : 0.0F;
       const int token = row / args.num_heads;
       const int head = row % args.num_heads;
       if (is_split) {
         const std::int64_t slot = partial_row(args, split, req, token, head);
-        float* target = args.partial + slot * kHeadDimV + warp * kWarpColumns + lane % 4 * 2;
+        float* target = args.partial + slot * kHeadDimV + warp * kWarpColumns;
+        for_each_run_of_row<C>(out, r, [&](int column, const auto& values) {
 #pragma unroll
-        for (int n = 0; n < kWarpColumns / 8; ++n) {
-          *reinterpret_cast<float2*>(target + n * 8) =
-              make_float2(out[n][2 * r] * inv, out[n][2 * r + 1] * inv);
-        }
+          for (int i = 0; i < int(std::size(values)); i += 2) {
+            *reinterpret_cast<float2*>(target + column + i) =
+                make_float2(values[i] * inv, values[i + 1] * inv);
+          }
+        });
         if (warp == 0 && lane % 4 == 0) {
           args.partial_lse[slot] = natural_lse(softmax.maximum[r], softmax.sum[r], args.scale);
         }
       } else {
         T* target = static_cast<T*>(args.out) +
                     (request.first_token + token) * args.out_token_stride +
-                    head * args.out_head_stride + warp * kWarpColumns + lane % 4 * 2;
+                    head * args.out_head_stride + warp * kWarpColumns;
+        for_each_run_of_row<C>(out, r, [&](int column, const auto& values) {
 #pragma unroll
-        for (int n = 0; n < kWarpColumns / 8; ++n) {
-          *reinterpret_cast<std::uint32_t*>(target + n * 8) =
-              device::pack_pair<T>(out[n][2 * r] * inv, out[n][2 * r + 1] * inv);
-        }
+          for (int i = 0; i < int(std::size(values)); i += 2) {
+            *reinterpret_cast<std::uint32_t*>(target + column + i) =
+                device::pack_pair<T>(values[i] * inv, values[i + 1] * inv);
+          }
+        });
       }
     }
   }
 }
 
-template <class T, int kTileKeys>
+template <class T, class C, int kTileKeys>
 void launch(const PagedArgs& args, const Stream& stream) {
-  constexpr int kBytes = MlaShape<kTileKeys>::kBytes;
-  device::allow_shared_bytes<mla_kernel<T, kTileKeys>>(kBytes, stream.device);
+  constexpr int kBytes = MlaShape<C, kTileKeys>::kBytes;
+  device::allow_shared_bytes<mla_kernel<T, C, kTileKeys>>(kBytes, stream.device);
   const std::int64_t row_tiles =
       (std::int64_t(args.max_seqlen_q) * args.num_heads + kRows - 1) / kRows;
   const dim3 grid(unsigned(row_tiles), unsigned(args.num_splits), unsigned(args.num_reqs));
-  device::launch(mla_kernel<T, kTileKeys>, grid, kWarps * 32, kBytes,
+  device::launch(mla_kernel<T, C, kTileKeys>, grid, kWarps * 32, kBytes,
                  static_cast<cudaStream_t>(stream.handle), args);
 }
 
 }  // namespace
 
-void launch_mla(const PagedArgs& args, DType dtype, const Stream& stream) {
-  if (dtype == DType::kBF16) return launch<__nv_bfloat16, 32>(args, stream);
-  const bool is_small = device::compiled_arch<mla_kernel<__half, 32>>(stream.device) < 80;
-  if (is_small) return launch<__half, 16>(args, stream);
-  launch<__half, 32>(args, stream);
+void launch_mla(const PagedArgs& args, DType dtype, DType cache_dtype, const Stream& stream) {
+  dispatch_cache(dtype, cache_dtype, [&](auto tag, auto cache_tag) {
+    using T = decltype(tag);
+    using C = decltype(cache_tag);
+    if constexpr (std::is_same_v<T, __half>) {
+      if (device::compiled_arch<mla_kernel<T, C, 32>>(stream.device) < 80) {
+        return launch<T, C, 16>(args, stream);
+      }
+    }
+    launch<T, C, 32>(args, stream);
+  });
 }
 
 }  // namespace fastgpt::attention

@@ -53,11 +53,12 @@ __device__ inline std::int64_t partial_row(const PagedArgs& args, int split, int
 }
 
 /// Index of 16-byte chunk `chunk` of row `row` in a tile with kColumns columns. The XOR spreads
-/// the eight rows that one ldmatrix reads over all banks.
+/// the eight rows that one ldmatrix reads over all banks; two rows of 32 columns share a line.
 template <int kColumns>
 __device__ inline int tile_index(int row, int chunk) {
-  static_assert(kColumns % 64 == 0);
-  return row * kColumns + ((chunk ^ (row & 7)) << 3);
+  static_assert(kColumns % 64 == 0 || kColumns == 32);
+  const int turn = kColumns == 32 ? row / 2 & 3 : row & 7;
+  return row * kColumns + ((chunk ^ turn) << 3);
 }
 
 /// A warp copies kRows rows into a tile from row first_row on. Lane i < kRows brings the offset of
@@ -78,6 +79,29 @@ __device__ inline void copy_rows_async(T* tile, int first_row, const T* source, 
     const bool valid = start >= 0 && chunk * 8 < width;
     device::copy_async_16(tile + tile_index<kColumns>(first_row + row, chunk),
                           valid ? source + start + chunk * 8 : source, valid);
+  }
+}
+
+/// copy_rows_async of keys and of the values `value_offset` behind them, where each row's place is
+/// worked out once.
+template <int kColumns, int kRows, class T>
+__device__ inline void copy_keys_values_async(T* keys, T* values, int first_row, const T* source,
+                                              std::int64_t value_offset, std::int64_t offset,
+                                              int width_qk, int width_v) {
+  constexpr int kChunks = kColumns / 8;
+  const int lane = int(threadIdx.x % 32);
+  static_assert(kRows * kChunks % 32 == 0);
+#pragma unroll
+  for (int i = 0; i < kRows * kChunks / 32; ++i) {
+    const int index = i * 32 + lane;
+    const int row = index / kChunks;
+    const int chunk = index % kChunks;
+    const std::int64_t start = __shfl_sync(~0U, offset, row);
+    const int target = tile_index<kColumns>(first_row + row, chunk);
+    const T* from = start >= 0 ? source + start + chunk * 8 : source;
+    const T* value_from = start >= 0 ? from + value_offset : source;
+    device::copy_async_16(keys + target, from, start >= 0 && chunk * 8 < width_qk);
+    device::copy_async_16(values + target, value_from, start >= 0 && chunk * 8 < width_v);
   }
 }
 

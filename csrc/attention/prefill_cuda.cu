@@ -1,4 +1,4 @@
-#include "attention/paged.cuh"
+#include "attention/cache_tile.cuh"
 #include "device/dependent.cuh"
 #include "device/launch.cuh"
 #include "device/types.cuh"
@@ -10,13 +10,41 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kRows = 16 * kWarps;  // query rows of a CTA
 
-template <int D>
+template <class C, int D>
 struct PrefillShape {
-  static constexpr int kTileKeys = D > 128 ? 32 : 64;
+  static constexpr int kTileKeys = kIsCode<C> ? 4096 / D : D > 128 ? 32 : 64;
   static constexpr int kTileElements = kTileKeys * D;
-  static constexpr int kBytes = 2 * 2 * kTileElements * 2;  // two stages of keys and values
+  static constexpr int kTilesBytes = 2 * 2 * kTileElements * 2;  // two stages of keys and values
+  // Of codes: one tile of each as it comes, and three stages of the scales of keys and values.
+  static constexpr int kScaleOffset = kTilesBytes + 2 * kTileElements;
+  static constexpr int kBytes = kIsCode<C> ? kScaleOffset + 3 * 2 * kTileKeys * 4 : kTilesBytes;
   static_assert(kBytes <= 64 << 10, "sm_75 has 64 KiB");
 };
+
+// A warp expands its rows of a tile of codes, which it has copied itself.
+template <class T, class C, int D, int kWarpKeys>
+__device__ void expand_rows(T* tile, const unsigned char* codes, int first_row) {
+  constexpr int kWidth = kWidth16<C, D>;
+  constexpr int kChunks = D / 16;
+#pragma unroll
+  for (int i = 0; i < kWarpKeys * kChunks / 32; ++i) {
+    const int index = i * 32 + int(threadIdx.x % 32);
+    const int row = first_row + index / kChunks;
+    const int chunk = index % kChunks;
+    const uint4 packed = *reinterpret_cast<const uint4*>(
+        reinterpret_cast<const std::uint16_t*>(codes) + tile_index<kWidth>(row, chunk));
+    const std::uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+    std::uint32_t pairs[8];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      expand_codes<T, C>(__byte_perm(words[w], 0, 0x3120), pairs[2 * w], pairs[2 * w + 1]);
+    }
+    *reinterpret_cast<uint4*>(tile + tile_index<D>(row, 2 * chunk)) = {pairs[0], pairs[1], pairs[2],
+                                                                       pairs[3]};
+    *reinterpret_cast<uint4*>(tile + tile_index<D>(row, 2 * chunk + 1)) = {pairs[4], pairs[5],
+                                                                           pairs[6], pairs[7]};
+  }
+}
 
 // One CTA owns 64 query rows of one kv head, row = token * group + head, and walks the keys that
 // its last row may see; tiles past that are never loaded. A warp owns 16 rows and keeps their
@@ -24,9 +52,15 @@ struct PrefillShape {
 //
 //   barrier | start copy of tile i + 1 | scores, softmax, values of tile i | barrier ...
 //
+// Codes of a byte are copied to a place of their own and expanded once for the four warps, each the
+// rows that it has copied; then a key's scale multiplies its scores, a value's its probabilities:
+//
+//   expand tile i | start copy of tile i + 1 | barrier | scores, softmax, values of tile i | ...
+//
+// Rejected: every warp expands fragments, which costs twice what the products do.
 // Grid: (row tiles, num_kv_heads, num_reqs), the longest tiles first.
 // Source: FlashAttention-2, arXiv:2307.08691.
-template <class T, int D>
+template <class T, class C, int D>
 __global__ void __launch_bounds__(kWarps * 32)
     prefill_kernel(const __grid_constant__ device::Dependent<PagedArgs> dependent) {
 #if __CUDA_ARCH__ < 800
@@ -35,12 +69,14 @@ __global__ void __launch_bounds__(kWarps * 32)
   } else
 #endif
   {
-    using Shape = PrefillShape<D>;
+    using Shape = PrefillShape<C, D>;
     constexpr int kTileKeys = Shape::kTileKeys;
     constexpr int kWarpKeys = kTileKeys / kWarps;  // rows of a tile that one warp copies
     extern __shared__ __align__(128) unsigned char shared[];
     const PagedArgs& args = dependent.wait();
     T* tiles = reinterpret_cast<T*>(shared);
+    [[maybe_unused]] unsigned char* codes = shared + Shape::kTilesBytes;
+    [[maybe_unused]] float* scales = reinterpret_cast<float*>(shared + Shape::kScaleOffset);
 
     const int warp = int(threadIdx.x / 32);
     const int lane = int(threadIdx.x % 32);
@@ -53,7 +89,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     const int end = min(request.seq_len, request.num_keys(last_token));
     const int num_tiles = (end + kTileKeys - 1) / kTileKeys;  // <= 0: no keys, rows become zero
 
-    const T* kv = static_cast<const T*>(args.kv) + kv_head * args.kv_head_stride;
+    const C* kv = static_cast<const C*>(args.kv) + kv_head * args.kv_head_stride;
     const auto fetch_block = [&](int tile) {
       const int key = tile * kTileKeys + warp * kWarpKeys + lane;
       return lane < kWarpKeys && key < end ? request.block_table[key / args.block_size] : -1;
@@ -61,12 +97,32 @@ __global__ void __launch_bounds__(kWarps * 32)
     const auto start_copy = [&](int tile, int block) {
       if (tile < num_tiles) {
         const int key = tile * kTileKeys + warp * kWarpKeys + lane;
+        const int slot = key % args.block_size;
         const std::int64_t offset =
-            block < 0 ? -1 : block * args.block_stride + key % args.block_size * args.slot_stride;
-        T* k_tile = tiles + tile % 2 * 2 * Shape::kTileElements;
-        copy_rows_async<D, kWarpKeys>(k_tile, warp * kWarpKeys, kv, offset, args.head_dim_qk);
-        copy_rows_async<D, kWarpKeys>(k_tile + Shape::kTileElements, warp * kWarpKeys,
-                                      kv + args.value_offset, offset, args.head_dim_v);
+            block < 0 ? -1 : block * args.block_stride + slot * args.slot_stride;
+        if constexpr (kIsCode<C>) {  // copied in pairs of bytes
+          constexpr int kWidth = kWidth16<C, D>;
+          const std::int64_t pairs = block < 0 ? -1 : offset / 2;
+          auto* target = reinterpret_cast<std::uint16_t*>(codes);
+          copy_keys_values_async<kWidth, kWarpKeys>(
+              target, target + Shape::kTileElements / 2, warp * kWarpKeys,
+              reinterpret_cast<const std::uint16_t*>(kv), args.value_offset / 2, pairs,
+              args.head_dim_qk / 2, args.head_dim_v / 2);
+          if (lane < kWarpKeys) {
+            float* of_keys = scales + tile % 3 * 2 * kTileKeys + warp * kWarpKeys + lane;
+            const std::int64_t at =
+                block * args.scale_block_stride + kv_head * args.scale_head_stride + slot;
+            const float* source = args.kv_scale + (block < 0 ? 0 : at);
+            copy_scale_async(of_keys, source, block >= 0);
+            copy_scale_async(of_keys + kTileKeys,
+                             source + (block < 0 ? 0 : args.scale_value_offset), block >= 0);
+          }
+        } else {
+          T* k_tile = tiles + tile % 2 * 2 * Shape::kTileElements;
+          copy_keys_values_async<D, kWarpKeys>(k_tile, k_tile + Shape::kTileElements,
+                                               warp * kWarpKeys, kv, args.value_offset, offset,
+                                               args.head_dim_qk, args.head_dim_v);
+        }
       }
       device::commit_async_copies();
     };
@@ -107,14 +163,23 @@ __global__ void __launch_bounds__(kWarps * 32)
     SoftmaxRows softmax;
     const float scale_log2 = args.scale * kLog2e;
     for (int tile = 0; tile < num_tiles; ++tile) {
+      T* k_tile = tiles + tile % 2 * 2 * Shape::kTileElements;
+      T* v_tile = k_tile + Shape::kTileElements;
       device::wait_async_copies<0>();
-      __syncthreads();  // tile has landed; every warp is done with the other stage
+      if constexpr (kIsCode<C>) {
+        __syncwarp();
+        expand_rows<T, C, D, kWarpKeys>(k_tile, codes, warp * kWarpKeys);
+        expand_rows<T, C, D, kWarpKeys>(v_tile, codes + Shape::kTileElements, warp * kWarpKeys);
+        __syncwarp();
+      } else {
+        __syncthreads();  // tile has landed; every warp is done with the other stage
+      }
       start_copy(tile + 1, next_block);
       next_block = fetch_block(tile + 2);
+      if constexpr (kIsCode<C>) __syncthreads();  // expanded; nobody reads the stage before it
       const int tile_key = tile * kTileKeys;
       if (tile_key >= seen_by_any) continue;
-      const T* k_tile = tiles + tile % 2 * 2 * Shape::kTileElements;
-      const T* v_tile = k_tile + Shape::kTileElements;
+      [[maybe_unused]] const float* tile_scales = scales + tile % 3 * 2 * kTileKeys;
 
       float s[kTileKeys / 8][4] = {};
 #pragma unroll
@@ -131,6 +196,7 @@ __global__ void __launch_bounds__(kWarps * 32)
           device::mma_m16n8k16<T>(s[2 * n + 1], q[k], b[2], b[3]);
         }
       }
+      if constexpr (kIsCode<C>) scale_columns<1>(s, tile_scales, kKeyUnit<T, C>);
       if (tile_key + kTileKeys > seen_by_all) {
         const int first_key = tile_key + lane % 4 * 2;
 #pragma unroll
@@ -150,6 +216,7 @@ __global__ void __launch_bounds__(kWarps * 32)
           for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
         }
       }
+      if constexpr (kIsCode<C>) scale_columns<1>(s, tile_scales + kTileKeys, kValueUnit<T, C>);
 #pragma unroll
       for (int k = 0; k < kTileKeys / 16; ++k) {
         const std::uint32_t p[4] = {device::pack_pair<T>(s[2 * k][0], s[2 * k][1]),
@@ -175,7 +242,7 @@ __global__ void __launch_bounds__(kWarps * 32)
     for (int r = 0; r < 2; ++r) {
       const int row = warp_row + lane / 4 + r * 8;
       if (row >= num_rows) continue;
-      const float inv = softmax.sum[r] > 0.0F ? 1.0F / softmax.sum[r] : 0.0F;
+      const float inv = softmax.sum[r] > 0.0F ? kOutUnit<T, C> / softmax.sum[r] : 0.0F;
       T* target = static_cast<T*>(args.out) +
                   (request.first_token + row / args.group) * args.out_token_stride +
                   (kv_head * args.group + row % args.group) * args.out_head_stride;
@@ -191,28 +258,26 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
 }
 
-template <class T, int D>
+template <class T, class C, int D>
 void launch(const PagedArgs& args, const Stream& stream) {
-  constexpr int kBytes = PrefillShape<D>::kBytes;
-  device::allow_shared_bytes<prefill_kernel<T, D>>(kBytes, stream.device);
+  constexpr int kBytes = PrefillShape<C, D>::kBytes;
+  device::allow_shared_bytes<prefill_kernel<T, C, D>>(kBytes, stream.device);
   const std::int64_t row_tiles = (std::int64_t(args.max_seqlen_q) * args.group + kRows - 1) / kRows;
   const dim3 grid(unsigned(row_tiles), unsigned(args.num_kv_heads), unsigned(args.num_reqs));
-  device::launch(prefill_kernel<T, D>, grid, kWarps * 32, kBytes,
+  device::launch(prefill_kernel<T, C, D>, grid, kWarps * 32, kBytes,
                  static_cast<cudaStream_t>(stream.handle), args);
-}
-
-template <class T>
-void launch_dtype(const PagedArgs& args, const Stream& stream) {
-  if (args.head_dim_qk <= 64) return launch<T, 64>(args, stream);
-  if (args.head_dim_qk <= 128) return launch<T, 128>(args, stream);
-  launch<T, 256>(args, stream);
 }
 
 }  // namespace
 
-void launch_prefill(const PagedArgs& args, DType dtype, const Stream& stream) {
-  if (dtype == DType::kF16) return launch_dtype<__half>(args, stream);
-  launch_dtype<__nv_bfloat16>(args, stream);
+void launch_prefill(const PagedArgs& args, DType dtype, DType cache_dtype, const Stream& stream) {
+  dispatch_cache(dtype, cache_dtype, [&](auto tag, auto cache_tag) {
+    using T = decltype(tag);
+    using C = decltype(cache_tag);
+    if (args.head_dim_qk <= 64) return launch<T, C, 64>(args, stream);
+    if (args.head_dim_qk <= 128) return launch<T, C, 128>(args, stream);
+    launch<T, C, 256>(args, stream);
+  });
 }
 
 }  // namespace fastgpt::attention

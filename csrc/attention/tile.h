@@ -28,10 +28,18 @@ struct Tile {
   std::int64_t value_offset;  // from a key row to its value row, in elements
   std::int64_t head_dim_qk, head_dim_v;
   float scale;
+
+  // Beside codes (kv_format.h), in elements of their own; strides as those of keys.
+  const float* kv_scale = nullptr;
+  std::int64_t scale_block_stride = 0, scale_token_stride = 0, scale_value_offset = 0;
+  const void* pe = nullptr;  // columns latent .. head_dim_qk - 1 of a latent key
+  DType pe_dtype = DType::kF32;
+  std::int64_t pe_block_stride = 0, pe_token_stride = 0;
+  std::int64_t latent = 0;  // columns of latent codes; 0: keys and values per head
 };
 
-/// Floats of scratch that a tile needs.
-std::int64_t tile_scratch(std::int64_t head_dim_qk, std::int64_t head_dim_v);
+/// Floats of scratch that a tile needs; codes are expanded there.
+std::int64_t tile_scratch(std::int64_t head_dim_qk, std::int64_t head_dim_v, bool has_codes);
 
 using AttendTile = void (*)(const Tile& tile, float* scratch);
 void attend_tile_portable(const Tile& tile, float* scratch);

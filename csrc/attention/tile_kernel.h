@@ -7,10 +7,13 @@
 // Keys and values are read from the cache once a tile and shared by its rows: by the heads of a
 // group at decode, by the tokens of a chunk too at prefill. A row's own operations do not depend on
 // the others: a key it does not see has weight 0.
+//
+// Codes become float32 rows once a block of keys and tile, each times its scale.
 #pragma once
 #include <type_traits>
 
 #include "attention/tile.h"
+#include "fastgpt/kv_format.h"
 #include "fastgpt/simd.h"
 
 namespace fastgpt::attention {
@@ -31,11 +34,12 @@ constexpr int kColumnsAtOnce = 4;  // vectors
 constexpr std::int64_t padded(std::int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 struct Scratch {
-  float* q;        // [num_rows, padded(head_dim_qk)]
-  float* sums;     // [num_rows, padded(head_dim_v)], o of the recurrence
-  float* scores;   // [num_rows, kKeyBlock]
-  float* largest;  // [num_rows]
-  float* total;    // [num_rows]
+  float* q;         // [num_rows, padded(head_dim_qk)]
+  float* sums;      // [num_rows, padded(head_dim_v)], o of the recurrence
+  float* scores;    // [num_rows, kKeyBlock]
+  float* largest;   // [num_rows]
+  float* total;     // [num_rows]
+  float* expanded;  // of codes: [kKeyBlock, q_width + v_width], a key and its value each
   std::int64_t q_width, v_width;
 };
 
@@ -164,8 +168,43 @@ void for_row_groups(std::int64_t num_rows, Fn&& fn) {
   for (; r < num_rows; ++r) fn(std::integral_constant<int, 1>{}, r);
 }
 
+// One row of codes times its scale.
+template <class C>
+void expand_row(const C* codes, float scale, std::int64_t width, float* row) {
+  for_each_run(width, [&](std::int64_t i, int n) {
+    store_run(row + i, load_run(codes + i, n) * set1(scale), n);
+  });
+}
+
+// The key in a slot, and its value q_width further on; a latent key is its own value.
+template <class C>
+void expand_slot(const Tile& t, const Scratch& s, std::int64_t block, std::int64_t offset,
+                 float* row) {
+  const C* codes = static_cast<const C*>(t.keys) + block * t.block_stride + offset * t.token_stride;
+  const float* scale = t.kv_scale + block * t.scale_block_stride + offset * t.scale_token_stride;
+  if (t.latent == 0) {
+    expand_row(codes, scale[0], t.head_dim_qk, row);
+    expand_row(codes + t.value_offset, scale[t.scale_value_offset], t.head_dim_v, row + s.q_width);
+    return;
+  }
+  for (std::int64_t first = 0; first < t.latent; first += kLatentGroup) {
+    const std::int64_t left = t.latent - first;
+    expand_row(codes + first, scale[first / kLatentGroup],
+               left < kLatentGroup ? left : kLatentGroup, row + first);
+  }
+  with_float(t.pe_dtype, [&](auto tag) {
+    expand_row(static_cast<const decltype(tag)*>(t.pe) + block * t.pe_block_stride +
+                   offset * t.pe_token_stride,
+               1.0F, t.head_dim_qk - t.latent, row + t.latent);
+  });
+}
+
+// C: the cache's elements. R: those of the rows that are multiplied, float for codes.
 template <class C>
 void attend(const Tile& t, const Scratch& s) {
+  constexpr bool kHasCodes = sizeof(C) == 1;
+  using R = std::conditional_t<kHasCodes, float, C>;
+  const std::int64_t value_offset = !kHasCodes ? t.value_offset : t.latent == 0 ? s.q_width : 0;
   const auto keys_of_row = [&](std::int64_t r) {
     return t.first_keys + (t.first_row + r) / t.group;
   };
@@ -173,12 +212,18 @@ void attend(const Tile& t, const Scratch& s) {
   const float scale = t.scale * 1.44269504F;  // weights are powers of 2
   for (std::int64_t start = 0; start < num_keys; start += kKeyBlock) {
     const std::int64_t count = num_keys - start < kKeyBlock ? num_keys - start : kKeyBlock;
-    const C* keys[kKeyBlock];
+    const R* keys[kKeyBlock];
     std::int64_t block = start / t.block_size;
     std::int64_t offset = start % t.block_size;
     for (std::int64_t j = 0; j < count; ++j) {
-      keys[j] =
-          static_cast<const C*>(t.keys) + t.table[block] * t.block_stride + offset * t.token_stride;
+      if constexpr (kHasCodes) {
+        float* row = s.expanded + j * (s.q_width + s.v_width);
+        expand_slot<C>(t, s, t.table[block], offset, row);
+        keys[j] = row;
+      } else {
+        keys[j] = static_cast<const C*>(t.keys) + t.table[block] * t.block_stride +
+                  offset * t.token_stride;
+      }
       if (++offset == t.block_size) {
         offset = 0;
         ++block;
@@ -198,7 +243,7 @@ void attend(const Tile& t, const Scratch& s) {
       }
     }
     for_row_groups(t.num_rows, [&](auto rows, std::int64_t r) {
-      add_values<rows.value>(s.scores + r * kKeyBlock, keys, t.value_offset, count, t.head_dim_v,
+      add_values<rows.value>(s.scores + r * kKeyBlock, keys, value_offset, count, t.head_dim_v,
                              s.sums + r * s.v_width, s.v_width);
     });
   }
@@ -241,8 +286,15 @@ void attend_tile(const Tile& t, float* scratch) {
   s.scores = s.sums + kMaxRows * s.v_width;
   s.largest = s.scores + kMaxRows * kKeyBlock;
   s.total = s.largest + kMaxRows;
+  s.expanded = s.total + kMaxRows;
   with_float(t.dtype, [&](auto tag) { load_queries<decltype(tag)>(t, s); });
-  with_float(t.kv_dtype, [&](auto tag) { attend<decltype(tag)>(t, s); });
+  if (t.kv_dtype == DType::kU8) {
+    attend<Fp8>(t, s);
+  } else if (t.kv_dtype == DType::kI8) {
+    attend<std::int8_t>(t, s);
+  } else {
+    with_float(t.kv_dtype, [&](auto tag) { attend<decltype(tag)>(t, s); });
+  }
   with_float(t.dtype, [&](auto tag) { store_results<decltype(tag)>(t, s); });
 }
 

@@ -8,8 +8,6 @@ using OptionalTensor = std::optional<Tensor>;
 using gemm::WeightFormat;
 using gemm::WeightView;
 
-const Tensor* pointer(const OptionalTensor& tensor) { return tensor ? &*tensor : nullptr; }
-
 void run_linear(const Tensor& x, const WeightView& weight, const OptionalTensor& bias,
                 const Tensor& out) {
   gemm::linear({view(x), weight, view(bias), view(out)}, stream_of(x));

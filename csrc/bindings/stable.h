@@ -16,6 +16,11 @@ using torch::stable::Tensor;
 TensorView view(const Tensor& tensor);
 TensorView view(const std::optional<Tensor>& tensor);  // absent -> default-constructed view
 
+/// nullptr where a tensor is absent.
+inline const Tensor* pointer(const std::optional<Tensor>& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
+
 /// The current stream of the tensor's device.
 Stream stream_of(const Tensor& tensor);
 

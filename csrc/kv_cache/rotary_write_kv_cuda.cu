@@ -5,20 +5,14 @@
 #include "device/types.cuh"
 #include "device/vec.cuh"
 #include "fastgpt/check.h"
+#include "fastgpt/kv_format.h"
+#include "kv_cache/heads.cuh"
 #include "kv_cache/kernels.h"
 
 namespace fastgpt::kv_cache {
 namespace {
 
 constexpr int kThreads = 128;
-
-struct Heads {
-  void* data;
-  std::int64_t token_stride;
-  std::int64_t head_stride;
-  int num_heads;
-  int width;
-};
 
 struct RotaryWriteArgs {
   const std::int64_t* positions;
@@ -39,11 +33,6 @@ struct RotaryWriteArgs {
   std::int64_t slot_stride;
   std::int64_t cache_head_stride;
 };
-
-template <class T>
-__device__ T* head_row(const Heads& heads, std::int64_t token, int head) {
-  return static_cast<T*>(heads.data) + token * heads.token_stride + head * heads.head_stride;
-}
 
 // One thread turns one pair of one head of q or k, or copies one element that is not turned: of k
 // behind the rotary columns, or of v. It alone touches its elements, so k is stored from registers
@@ -105,13 +94,10 @@ __global__ void __launch_bounds__(kThreads)
                       device::to_float(head_row<T>(p.v, token, head)[column]));
 }
 
-Heads heads_of(const TensorView& view) {
-  return {view.data, view.stride(0), view.stride(1), int(view.size(1)), int(view.size(2))};
-}
-
 }  // namespace
 
 void rotary_write_kv_cuda(const RotaryWriteKvParams& p, const Stream& stream) {
+  if (is_code(p.kv_cache.dtype)) return rotary_write_codes_cuda(p, stream);
   const int num_pairs = int(p.cos_sin.size(1) / 2);
   const RotaryWriteArgs args{
       p.positions.as<std::int64_t>(),

@@ -5,6 +5,7 @@
 #include "device/dependent.cuh"
 #include "device/pack.cuh"
 #include "fastgpt/check.h"
+#include "fastgpt/kv_format.h"
 #include "kv_cache/kernels.h"
 
 namespace fastgpt::kv_cache {
@@ -93,6 +94,7 @@ void launch(const Part& first, const Part& second, DType dtype, const TensorView
 }  // namespace
 
 void write_kv_cuda(const WriteKvParams& p, const Stream& stream) {
+  if (is_code(p.kv_cache.dtype)) return write_codes_cuda(p, stream);
   const TensorView& c = p.kv_cache;
   const auto part = [&](const TensorView& source, std::int64_t offset) {
     return Part{source.data, source.stride(0),    source.stride(1),   offset,
@@ -104,6 +106,7 @@ void write_kv_cuda(const WriteKvParams& p, const Stream& stream) {
 }
 
 void write_mla_cuda(const WriteMlaParams& p, const Stream& stream) {
+  if (is_code(p.kv_cache.dtype)) return write_latent_codes_cuda(p, stream);
   const auto part = [&](const TensorView& source, std::int64_t offset) {
     return Part{source.data, source.stride(0), 0, offset, 0, 1, int(source.size(1))};
   };

@@ -1,5 +1,5 @@
 #include "fastgpt/kv_cache.h"
-#include "fastgpt/tensor_check.h"
+#include "fastgpt/kv_format.h"
 #include "kv_cache/check.h"
 #include "kv_cache/kernels.h"
 
@@ -11,7 +11,6 @@ void check_write_kv(const WriteKvParams& p) {
   FASTGPT_CHECK_TENSOR(p.kv_cache, "kv_cache", 5);
   check_floating(p.k, "k");
   check_same_dtype(p.v, "v", p.k, "k");
-  check_floating(p.kv_cache, "kv_cache");
   check_size(p.v, "v", 0, p.k.size(0), "the number of rows of k");
   check_size(p.v, "v", 1, p.k.size(1), "the number of heads of k");
   check_vector(p.slot_mapping, "slot_mapping", DType::kI64, p.k.size(0), "the number of rows of k");
@@ -20,6 +19,7 @@ void check_write_kv(const WriteKvParams& p) {
   FASTGPT_CHECK(p.k.size(2) <= p.kv_cache.size(4) && p.v.size(2) <= p.kv_cache.size(4),
                 "kv_cache has rows of ", p.kv_cache.size(4), " elements; k has head size ",
                 p.k.size(2), " and v ", p.v.size(2));
+  check_kv_scale(p.kv_cache, p.kv_scale);
 }
 
 void write_kv(const WriteKvParams& p, const Stream& stream) {

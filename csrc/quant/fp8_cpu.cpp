@@ -1,36 +1,13 @@
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 #include "fastgpt/dispatch.h"
+#include "fastgpt/fp8.h"
 #include "fastgpt/thread_pool.h"
 #include "quant/kernels.h"
 
 namespace fastgpt::quant {
 namespace {
-
-constexpr float kLargest = 448.0F;  // largest finite e4m3fn
-
-/// Round to nearest even e4m3fn; |x| <= 448.
-std::uint8_t encode_e4m3(float x) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
-  const std::uint8_t sign = std::uint8_t(bits >> 24 & 0x80U);
-  const std::uint32_t magnitude = bits & 0x7FFFFFFFU;
-  if (magnitude < 0x3C800000U) {  // below 2^-6: steps of 2^-9; the adder rounds at that bit
-    const float shifted = std::bit_cast<float>(magnitude) + 0x1p14F;  // 2^14 has ulp 2^-9
-    return std::uint8_t(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x46800000U));
-  }
-  const std::uint32_t rounded = magnitude + 0x7FFFFU + (magnitude >> 20 & 1U);
-  return std::uint8_t(sign | ((rounded >> 20) - (120U << 3)));
-}
-
-float decode_e4m3(std::uint8_t code) {
-  const unsigned magnitude = code & 0x7FU;
-  const float value = magnitude == 0x7FU ? std::numeric_limits<float>::quiet_NaN()
-                      : magnitude < 8U   ? float(magnitude) * 0x1p-9F
-                                         : std::bit_cast<float>((magnitude << 20) + (120U << 23));
-  return (code & 0x80U) != 0 ? -value : value;
-}
 
 /// Rows and columns that share a scale, and where the scale stands.
 struct Groups {
@@ -69,14 +46,15 @@ void quantize_fp8_cpu(const Fp8Params& p) {
             amax = std::max(amax, magnitude);
           }
         }
-        float scale = amax / kLargest;
+        float scale = amax / kFp8Largest;
         if (!(scale > 0.0F)) scale = 1.0F;
         p.scale.as<float>()[i] = scale;
         for (std::int64_t r = row0; r < row1; ++r) {
           const T* x = p.x.as<T>() + r * p.x.stride(0);
           std::uint8_t* packed = p.packed.as<std::uint8_t>() + r * cols;
           for (std::int64_t c = col0; c < col1; ++c) {
-            packed[c] = encode_e4m3(std::clamp(to_float(x[c]) / scale, -kLargest, kLargest));
+            packed[c] =
+                from_float<Fp8>(std::clamp(to_float(x[c]) / scale, -kFp8Largest, kFp8Largest)).bits;
           }
         }
       }
@@ -88,7 +66,7 @@ void dequantize_fp8_cpu(const Fp8Params& p) {
   const Groups groups(p);
   const std::int64_t cols = p.x.size(1);
   float table[256];
-  for (int code = 0; code < 256; ++code) table[code] = decode_e4m3(std::uint8_t(code));
+  for (int code = 0; code < 256; ++code) table[code] = to_float(Fp8{std::uint8_t(code)});
   dispatch_float(p.x.dtype, [&](auto tag) {
     using T = decltype(tag);
     parallel_for(0, p.x.size(0), 1 + 16384 / cols, [&](std::int64_t first, std::int64_t last) {

@@ -6,13 +6,13 @@
 #include "device/reduce.cuh"
 #include "device/types.cuh"
 #include "fastgpt/check.h"
+#include "fastgpt/fp8.h"
 #include "quant/kernels.h"
 
 namespace fastgpt::quant {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kLargest = 448.0F;  // largest finite e4m3fn
 
 struct Args {
   void* x;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) quantize_fp8_kernel(const __grid_con
   }
   amax = device::block_max(amax, scratch);
   if (__syncthreads_or(int(has_nan)) != 0) amax = __int_as_float(0x7FC00000);
-  float scale = amax / kLargest;
+  float scale = amax / kFp8Largest;
   if (scale <= 0.0F) scale = 1.0F;
   if (threadIdx.x == 0) p.scale[blockIdx.x] = scale;
   for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "fastgpt/dispatch.h"
+#include "fastgpt/fp8.h"
 #include "fastgpt/thread_pool.h"
 #include "quant/kernels.h"
 

@@ -5,6 +5,7 @@
 #include "device/reduce.cuh"
 #include "device/types.cuh"
 #include "fastgpt/check.h"
+#include "fastgpt/fp8.h"
 #include "quant/kernels.h"
 
 namespace fastgpt::quant {

@@ -6,7 +6,6 @@ namespace fastgpt::quant {
 
 inline constexpr int kMaxGptqCols = 128;
 inline constexpr int kBlock = 128;  // rows and columns of an fp8 block; values of a binary group
-inline constexpr float kInt8Largest = 127.0F;  // of the codes that quantizing gives
 
 void quantize_fp8_cpu(const Fp8Params& params);
 void dequantize_fp8_cpu(const Fp8Params& params);

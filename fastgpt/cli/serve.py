@@ -44,6 +44,9 @@ def serve(
     warmup_iterations: Annotated[
         int | None, typer.Option(help="optimization.warmup_iterations [5]")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="optimization.kv_cache_dtype [auto]: auto, fp8 or int8")
+    ] = None,
 ) -> None:
     """Serve a model over HTTP, in OpenAI's form."""
     overrides = {
@@ -59,6 +62,7 @@ def serve(
         "hardware.swap_to_cpu": swap_to_cpu,
         "optimization.precision": precision,
         "optimization.warmup_iterations": warmup_iterations,
+        "optimization.kv_cache_dtype": kv_cache_dtype,
     }
     try:
         level = (log_level or env.log_level()).lower()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from fastgpt import _C
-from fastgpt.config import check_int
+from fastgpt.config import check_int, check_kv_cache_dtype
 from fastgpt.engine.batch import InputBuffers
 from fastgpt.engine.block_manager import BlockManager, num_blocks_for
 from fastgpt.engine.cache import plan_num_blocks
@@ -80,6 +80,7 @@ class Engine:
         model: a container, a Hugging Face directory, a GGUF file, an open Checkpoint, or a Model.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         dtype: auto, float32, bfloat16 or float16, of activations and cache.
+        kv_cache_dtype: auto (dtype), fp8 or int8: codes of a byte with a scale per token and head.
         memory_pool_size: cap of the memory taken: bytes, "24GB", "0.9" (of what is free), "-2GiB".
         swap_to_cpu: weights that memory_pool_size has no room for wait in host memory and are
             copied to the device in every step.
@@ -102,6 +103,7 @@ class Engine:
         *,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        kv_cache_dtype: str = "auto",
         memory_pool_size: str | int | None = None,
         swap_to_cpu: bool = False,
         max_batch: int = 32,
@@ -125,6 +127,7 @@ class Engine:
         if num_blocks is not None:
             check_int("num_blocks", num_blocks, 1, 2**31 - 1)
         check_int("warmup_iterations", warmup_iterations, 0, 1000)
+        check_kv_cache_dtype("kv_cache_dtype", kv_cache_dtype)
         self.loaded: LoadedModel = load_model(
             model,
             device=device,
@@ -135,6 +138,8 @@ class Engine:
             tokenizer=tokenizer,
         )
         served: EngineModel = self.loaded.model
+        served.use_kv_cache_dtype(kv_cache_dtype)
+        self.kv_cache_dtype = kv_cache_dtype
         self.tokenizer = self.loaded.tokenizer
         self.device = self.loaded.device
         self.max_batch = max_batch
@@ -163,9 +168,10 @@ class Engine:
             (max_batch, served.vocab_size), torch.int32, "engine.token_history"
         ).zero_()
         block_shape = tuple(served.kv_layout.block_shape(block_size))
+        storage_dtype = served.kv_layout.storage_dtype(served.dtype)
         beside_bytes, scratch = self._measure_step(served, buffers, block_shape, max_batch_tokens)
         if num_blocks is None:
-            block_bytes = served.dtype.itemsize
+            block_bytes = storage_dtype.itemsize
             for size in block_shape:
                 block_bytes *= size
             one_request_bytes = num_blocks_for(self.max_length, block_size) * block_bytes
@@ -177,7 +183,7 @@ class Engine:
                 max_length=self.max_length,
                 block_size=block_size,
             )
-        kv_cache = memory.allocate((num_blocks, *block_shape), served.dtype, "engine.kv_cache")
+        kv_cache = memory.allocate((num_blocks, *block_shape), storage_dtype, "engine.kv_cache")
         kv_cache.zero_()
         swap = memory.swap
         if swap is not None:
@@ -237,7 +243,8 @@ class Engine:
         On a GPU decode steps are graphs, with memory of their own; on the CPU it is the pool's.
         """
         memory, swap = self.loaded.memory, self.loaded.memory.swap
-        probe = memory.allocate((1, *block_shape), served.dtype, "engine.kv_probe").zero_()
+        dtype = served.kv_layout.storage_dtype(served.dtype)
+        probe = memory.allocate((1, *block_shape), dtype, "engine.kv_probe").zero_()
         if swap is not None:
             swap.open(served)
         beside_bytes = 0

@@ -39,6 +39,9 @@ class KVLayoutLike(Protocol):
     def block_shape(self, block_size: int) -> Sequence[int]:
         """Return the shape of one KV block of block_size tokens, all layers."""
 
+    def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the cache's tensor for a model of `dtype`."""
+
 
 class EngineModel(Protocol):
     """What the engine asks of a model (`fastgpt.models` has them)."""
@@ -56,6 +59,7 @@ class EngineModel(Protocol):
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor: ...
     def logits(self, hidden_rows: torch.Tensor) -> torch.Tensor: ...
     def reserve_workspace(self, max_tokens: int, max_seq_len: int) -> None: ...
+    def use_kv_cache_dtype(self, cache_dtype: str) -> None: ...
 
 
 class EngineMemory:

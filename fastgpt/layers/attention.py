@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.batch import Batch
+from fastgpt.layers.kv_cache import LayerKV
 from fastgpt.layers.linear import Projection
 from fastgpt.layers.norm import RmsNorm
 
@@ -51,20 +52,22 @@ class GqaAttention:
         self.workspace = workspace
         self.scale = head_dim**-0.5
 
-    def __call__(self, x: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch, kv: LayerKV) -> Tensor:
         """Return the attention branch of x, [num_tokens, hidden]; writes new keys and values.
 
-        kv_cache: this layer's view, [num_blocks, 2, block_size, num_kv_heads, head_dim].
+        kv: this layer's slots of the cache.
         """
         heads, kv_heads = self.num_heads, self.num_kv_heads
         packed = self.qkv(x).view(-1, heads + 2 * kv_heads, self.head_dim)
         q, k, v = packed.split_with_sizes((heads, kv_heads, kv_heads), 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        ops.rotary_write_kv(batch.positions, self.cos_sin, q, k, v, batch.slot_mapping, kv_cache)
+        ops.rotary_write_kv(
+            batch.positions, self.cos_sin, q, k, v, batch.slot_mapping, kv.rows, kv_scale=kv.scale
+        )
         out = ops.attention(
             q,
-            kv_cache,
+            kv.rows,
             batch.block_tables,
             batch.cu_seqlens_q,
             batch.seq_lens,
@@ -72,5 +75,6 @@ class GqaAttention:
             batch.max_seqlen_q,
             batch.max_seq_len,
             workspace=self.workspace.tensor,
+            kv_scale=kv.scale,
         )
         return self.output(out.view(-1, heads * self.head_dim))

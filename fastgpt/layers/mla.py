@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.batch import Batch
 from fastgpt.layers.attention import Workspace
+from fastgpt.layers.kv_cache import LayerKV
 from fastgpt.layers.linear import Projection
 from fastgpt.layers.norm import RmsNorm
 from fastgpt.ops import scratch
@@ -70,10 +71,10 @@ class MlaAttention:
         self.interleaved = interleaved
         self.workspace = workspace
 
-    def __call__(self, x: Tensor, batch: Batch, kv_cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, batch: Batch, kv: LayerKV) -> Tensor:
         """Return the attention branch of x, [num_tokens, hidden]; writes new latents.
 
-        kv_cache: this layer's view, [num_blocks, block_size, kv_lora_rank + rope_dim].
+        kv: this layer's slots of the cache.
         """
         num_tokens = x.shape[0]
         q, kv_latent, k_pe = self.down(x).split_with_sizes(self.split, 1)
@@ -92,12 +93,14 @@ class MlaAttention:
         ops.rotary(
             batch.positions, self.cos_sin, q_pe, k_pe.unsqueeze(1), interleaved=self.interleaved
         )
-        ops.write_mla(kv_latent, k_pe, batch.slot_mapping, kv_cache)
+        ops.write_mla(
+            kv_latent, k_pe, batch.slot_mapping, kv.rows, kv_scale=kv.scale, pe_cache=kv.pe
+        )
         shape = (num_tokens, self.num_heads, self.latent_dim)
         out_latent = scratch.empty(shape, x.dtype, x.device)
         ops.mla_attention(
             absorbed,
-            kv_cache,
+            kv.rows,
             batch.block_tables,
             batch.cu_seqlens_q,
             batch.seq_lens,
@@ -106,6 +109,8 @@ class MlaAttention:
             batch.max_seq_len,
             out=out_latent,
             workspace=self.workspace.tensor,
+            kv_scale=kv.scale,
+            pe_cache=kv.pe,
         )
         out = ops.batched_linear(out_latent, self.value_up)
         return self.output(out.view(num_tokens, self.out_width))

@@ -269,7 +269,8 @@ def load_layer(
 
 def kv_layout(config: DeepseekConfig) -> KVLayout:
     """Return the shape of the cache."""
-    return KVLayout("mla", config.num_layers, 1, config.kv_lora_rank + config.rope_dim)
+    width = config.kv_lora_rank + config.rope_dim
+    return KVLayout("mla", config.num_layers, 1, width, config.rope_dim)
 
 
 def value_heads(config: DeepseekConfig) -> ValueHeads:

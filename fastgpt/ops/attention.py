@@ -56,6 +56,7 @@ def attention(
     head_dim_v: int | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(scale * q kᵀ) v for the queries of every request, prefill and decode mixed.
 
@@ -66,7 +67,8 @@ def attention(
         q: [num_tokens, num_heads, head_dim_qk]; float32, float16 or bfloat16, last dimension
             contiguous.
         kv_cache: one layer, [num_blocks, 2, block_size, num_kv_heads, width], width at least both
-            head sizes, any float dtype, any strides but the last.
+            head sizes, any float dtype, any strides but the last. Or codes, see write_kv: uint8
+            for fp8, int8; they are read as code * scale and summed in float32.
         block_tables: [num_reqs, max_blocks], int32; entries past a request's blocks are not read.
         cu_seqlens_q: [num_reqs + 1], int32, where each request's rows of q start.
         seq_lens: [num_reqs], int32, keys of each request, the new tokens included. The rows of a
@@ -78,6 +80,7 @@ def attention(
         out: where to write, [num_tokens, num_heads, head_dim_v], dtype of q; allocated if None.
         workspace: uint8, see attention_workspace_bytes; None with an allocated out: allocated,
             None with a given one: long sequences are not split.
+        kv_scale: of codes, [num_blocks, 2, num_kv_heads, block_size], float32.
 
     Raises:
         InvalidArgument: if shapes, dtypes or strides do not fit; on the CPU also if a length or a
@@ -92,7 +95,7 @@ def attention(
     call(
         _ops.attention.default,
         q, kv_cache, block_tables, cu_seqlens_q, seq_lens, scale, max_seqlen_q, max_seq_len,
-        out, workspace,
+        out, workspace, kv_scale,
     )  # fmt: skip
     return out
 
@@ -110,6 +113,8 @@ def mla_attention(
     head_dim_v: int = 512,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
+    kv_scale: Tensor | None = None,
+    pe_cache: Tensor | None = None,
 ) -> Tensor:
     """Return multi-head latent attention in absorbed form: all heads share one key row a token.
 
@@ -117,12 +122,14 @@ def mla_attention(
 
     Args:
         q: [num_tokens, num_heads, 576]: latent 512, then rotary 64; float32, float16 or bfloat16.
-        kv_cache: one layer, [num_blocks, block_size, 576], any float dtype.
+        kv_cache: one layer, [num_blocks, block_size, 576], any float dtype. Or codes of the latent
+            columns, [num_blocks, block_size, 512], see write_mla.
         block_tables, cu_seqlens_q, seq_lens, max_seqlen_q, max_seq_len: as in attention.
         scale: multiplies the scores, (192 ** -0.5 times the rope's correction for DeepSeek).
         head_dim_v: head size of an allocated out.
         out: where to write, [num_tokens, num_heads, 512], dtype of q; allocated if None.
         workspace: as in attention.
+        kv_scale, pe_cache: of codes, as in write_mla.
 
     Raises:
         InvalidArgument: as attention; on CUDA also if the head sizes are not 576 and 512.
@@ -135,7 +142,7 @@ def mla_attention(
     call(
         _ops.mla_attention.default,
         q, kv_cache, block_tables, cu_seqlens_q, seq_lens, scale, max_seqlen_q, max_seq_len,
-        out, workspace,
+        out, workspace, kv_scale, pe_cache,
     )  # fmt: skip
     return out
 
@@ -152,6 +159,7 @@ def _(
     max_seq_len: int,
     out: Tensor,
     workspace: Tensor | None,
+    kv_scale: Tensor | None = None,
 ) -> None:
     return None
 
@@ -168,5 +176,7 @@ def _(
     max_seq_len: int,
     out: Tensor,
     workspace: Tensor | None,
+    kv_scale: Tensor | None = None,
+    pe_cache: Tensor | None = None,
 ) -> None:
     return None

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.batch import Batch
 from fastgpt.layers.attention import Workspace
+from fastgpt.layers.kv_cache import LayerKV
 from fastgpt.layers.linear import Projection
 from fastgpt.layers.mla import MlaAttention
 from fastgpt.layers.moe import MixtureOfExperts
@@ -285,8 +286,8 @@ class HiddenStates:
         """Run a layer on the states of one chunk, which become those behind it."""
         batch, num_blocks = self._batches[at]
         shape = (num_blocks, *self.kind.kv_layout(self.config).block_shape(_BLOCK_SIZE)[1:])
-        cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        x = layer.post_norm.add(layer.attention(norm(residual), batch, cache), residual)
+        kv = LayerKV(torch.zeros(shape, dtype=self.dtype, device=self.device))
+        x = layer.post_norm.add(layer.attention(norm(residual), batch, kv), residual)
         residual += layer.feed_forward(x)
 
 

@@ -157,6 +157,7 @@ def load_engine(configure: Configure) -> tuple[Any, Ready]:
         configure.model,
         device=choose_device(configure.device, configure.gpu_id),
         dtype=configure.dtype,
+        kv_cache_dtype=configure.kv_cache_dtype,
         memory_pool_size=configure.memory_pool_size,
         swap_to_cpu=configure.swap_to_cpu,
         max_batch=configure.max_batch,
@@ -184,6 +185,7 @@ def make_ready(engine: Any, load_s: float) -> Ready:
         max_batch=engine.max_batch,
         block_size=engine.blocks.block_size,
         num_blocks=engine.blocks.num_blocks,
+        kv_cache_dtype=engine.kv_cache_dtype,
         load_s=load_s,
         warm_up_s=engine.warm_up_s,
     )

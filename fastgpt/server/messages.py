@@ -47,6 +47,7 @@ class Configure(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     min_batch: int
     batch_timeout_s: float
     warmup_iterations: int
+    kv_cache_dtype: str
     log_level: str
 
 
@@ -78,6 +79,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     max_batch: int
     block_size: int
     num_blocks: int
+    kv_cache_dtype: str
     load_s: float
     warm_up_s: float
 
@@ -85,6 +87,11 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     def num_cache_tokens(self) -> int:
         """Tokens the KV cache holds."""
         return self.num_blocks * self.block_size
+
+    @property
+    def stored_cache_dtype(self) -> str:
+        """What keys and values are kept in: fp8, int8, or the dtype of the activations."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
 
 class Ready(msgspec.Struct, tag=True, kw_only=True, frozen=True):

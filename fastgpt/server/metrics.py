@@ -169,6 +169,7 @@ class Metrics:
         config.add_metric(
             [],
             {
+                "dtype": self._info.stored_cache_dtype,
                 "block_size": str(self._info.block_size),
                 "num_blocks": str(self._info.num_blocks),
                 "num_tokens": str(self._info.num_cache_tokens),

@@ -168,6 +168,7 @@ async def _run_engine(
         min_batch=config.service.min_batch,
         batch_timeout_s=config.service.batch_timeout_s,
         warmup_iterations=config.optimization.warmup_iterations,
+        kv_cache_dtype=config.optimization.kv_cache_dtype,
         log_level=options.log_level,
     )
     connection = await process.connect()
@@ -186,8 +187,9 @@ def _log_start(info: EngineInfo, config: ServerConfig, listener: socket.socket) 
     _logger.info("dtype: %s on %s", info.dtype, info.device)
     _logger.info("kernels: %s, warm after %.2f s", info.kernels, info.warm_up_s)
     _logger.info(
-        "KV cache: %d tokens (%d blocks of %d), at most %d requests of %d tokens together",
-        info.num_cache_tokens, info.num_blocks, info.block_size, info.max_batch, info.max_length,
+        "KV cache: %d tokens (%d blocks of %d, %s), at most %d requests of %d tokens together",
+        info.num_cache_tokens, info.num_blocks, info.block_size, info.stored_cache_dtype,
+        info.max_batch, info.max_length,
     )  # fmt: skip
     _logger.info("threads: %d compute, %d text", info.num_threads, config.service.num_workers)
     shown = f"[{host}]" if ":" in host else host

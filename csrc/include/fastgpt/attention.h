@@ -10,6 +10,7 @@ namespace fastgpt::attention {
 ///
 ///     out = softmax(scale * q k^T) v
 ///
+/// A cache of codes (kv_format.h) is read as the numbers its codes and scales stand for.
 /// Rows of a request with seq_len 0 become zero. Rows past cu_seqlens_q[num_reqs] are not touched.
 /// Source: PagedAttention, arXiv:2309.06180; FlashAttention-2, arXiv:2307.08691.
 struct AttentionParams {
@@ -20,6 +21,7 @@ struct AttentionParams {
   TensorView seq_lens;      // int32 [num_reqs], keys of each request, new tokens included
   TensorView out;           // [num_tokens, num_heads, head_dim_v]
   TensorView workspace;     // uint8 [>= attention_workspace_bytes(...)]; absent = one split
+  TensorView kv_scale;      // of codes: float32 [num_blocks, 2, num_kv_heads, block_size], strided
   float scale;
   std::int64_t max_seqlen_q;  // at least the longest query; fixes the grid of a captured launch
   std::int64_t max_seq_len;   // at least the longest sequence
@@ -30,12 +32,14 @@ void attention(const AttentionParams& params, const Stream& stream);
 /// first 512 columns are also the value. Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
 struct MlaAttentionParams {
   TensorView q;             // [num_tokens, num_heads, 576]
-  TensorView kv_cache;      // [num_blocks, block_size, 576], strided
+  TensorView kv_cache;      // [num_blocks, block_size, 576], strided; codes: 512 columns
   TensorView block_tables;  // int32 [num_reqs, max_blocks]
   TensorView cu_seqlens_q;  // int32 [num_reqs + 1]
   TensorView seq_lens;      // int32 [num_reqs]
   TensorView out;           // [num_tokens, num_heads, 512]
   TensorView workspace;     // uint8; absent = one split
+  TensorView kv_scale;      // of codes: float32 [num_blocks, block_size, 4], strided
+  TensorView pe_cache;      // beside codes: [num_blocks, block_size, 64], floating, strided
   float scale;
   std::int64_t max_seqlen_q;
   std::int64_t max_seq_len;

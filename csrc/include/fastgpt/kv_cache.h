@@ -6,12 +6,14 @@
 namespace fastgpt::kv_cache {
 
 /// Store token i's key and value at slot_mapping[i] = block_id * block_size + offset.
-/// A negative slot is skipped (padding rows of a captured batch).
+/// A negative slot is skipped (padding rows of a captured batch). A cache of codes (kv_format.h) is
+/// written quantized, every row by its own scale.
 struct WriteKvParams {
   TensorView k;             // [num_tokens, num_kv_heads, head_dim_qk]
   TensorView v;             // [num_tokens, num_kv_heads, head_dim_v]
   TensorView slot_mapping;  // int64 [num_tokens]
   TensorView kv_cache;      // [num_blocks, 2, block_size, num_kv_heads, max(head_dim)], strided
+  TensorView kv_scale;      // of codes: float32 [num_blocks, 2, num_kv_heads, block_size], strided
 };
 void write_kv(const WriteKvParams& params, const Stream& stream);
 
@@ -24,16 +26,20 @@ struct RotaryWriteKvParams {
   TensorView v;             // [num_tokens, num_kv_heads, head_dim_v]
   TensorView slot_mapping;  // int64 [num_tokens]
   TensorView kv_cache;      // as in WriteKvParams
+  TensorView kv_scale;      // as in WriteKvParams
   bool interleaved;
 };
 void rotary_write_kv(const RotaryWriteKvParams& params, const Stream& stream);
 
-/// write_kv for multi-head latent attention: one row kv_latent | k_pe per token.
+/// write_kv for multi-head latent attention: one row kv_latent | k_pe per token. Latent codes have
+/// k_pe in a cache of its own, unquantized.
 struct WriteMlaParams {
   TensorView kv_latent;     // [num_tokens, 512]
   TensorView k_pe;          // [num_tokens, 64]
   TensorView slot_mapping;  // int64 [num_tokens]
-  TensorView kv_cache;      // [num_blocks, block_size, 576], strided
+  TensorView kv_cache;      // [num_blocks, block_size, 576], strided; codes: 512 columns
+  TensorView kv_scale;      // of codes: float32 [num_blocks, block_size, 4], strided
+  TensorView pe_cache;      // beside codes: [num_blocks, block_size, 64], floating, strided
 };
 void write_mla(const WriteMlaParams& params, const Stream& stream);
 

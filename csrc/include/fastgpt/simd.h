@@ -1,6 +1,7 @@
 // A vector of floats, written once and compiled per instruction set: a file named *_avx512.cpp sees
 // 16 lanes, *_avx2.cpp and any other file 8. Loads and stores convert from and to float16 and
-// bfloat16 (round to nearest even, NaN kept).
+// bfloat16 (round to nearest even, NaN kept); loads also from e4m3 and int8 codes, which are finite
+// (the NaN code of e4m3 may read as 480).
 //
 // Everything here has internal linkage, and files compiled for an instruction set must call nothing
 // inline from elsewhere (std::min, half.h, FASTGPT_CHECK): the linker keeps one copy of an inline
@@ -8,6 +9,7 @@
 #pragma once
 #include <cstdint>
 
+#include "fastgpt/fp8.h"
 #include "fastgpt/half.h"
 #include "fastgpt/tensor_view.h"
 
@@ -85,9 +87,26 @@ template <class T>
 inline Vec load(const T* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), T{});
 }
+inline Vec load(const std::int8_t* p) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))};
+}
+// An e4m3 code one bit below its sign is a float16 with an exponent too small by 8.
+inline Vec load(const Fp8* p) {
+  const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(codes, 7), 15);
+  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0x7F)), 7);
+  return Vec{_mm512_cvtph_ps(_mm256_or_si256(sign, rest))} * set1(256.0F);
+}
 template <class T>
 inline Vec load(const T* p, int n) {
-  return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{});
+  if constexpr (sizeof(T) == 1) {
+    T lanes[kWidth] = {};
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(lanes), _mm_maskz_loadu_epi8(first_lanes(n), p));
+    return load(lanes);
+  } else {
+    return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{});
+  }
 }
 template <class T>
 inline void store(T* p, Vec a) {
@@ -166,6 +185,16 @@ inline void store(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n
 template <class T>
 inline Vec load(const T* p) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), T{});
+}
+inline Vec load(const std::int8_t* p) {
+  const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes))};
+}
+inline Vec load(const Fp8* p) {
+  const __m128i codes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i sign = _mm_slli_epi16(_mm_srli_epi16(codes, 7), 15);
+  const __m128i rest = _mm_slli_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x7F)), 7);
+  return Vec{_mm256_cvtph_ps(_mm_or_si128(sign, rest))} * set1(256.0F);
 }
 template <class T>
 inline Vec load(const T* p, int n) {

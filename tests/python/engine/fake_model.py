@@ -38,6 +38,9 @@ class FakeLayout:
     def block_shape(self, block_size: int) -> tuple[int, ...]:
         return (1, block_size)
 
+    def storage_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
 
 class FakeModel:
     """Implements the engine's model interface on the CPU.
@@ -58,6 +61,9 @@ class FakeModel:
 
     def reserve_workspace(self, max_tokens: int, max_seq_len: int) -> None:
         pass
+
+    def use_kv_cache_dtype(self, cache_dtype: str) -> None:
+        assert cache_dtype == "auto"
 
     def forward(self, batch: Batch, kv_cache: torch.Tensor) -> torch.Tensor:
         if self.gate is not None:

@@ -89,6 +89,18 @@ def test_swapping_engine_gives_the_same_tokens_under_its_budget(model, expected,
     engine.loaded.memory.pool.check_integrity()
 
 
+@pytest.mark.parametrize("code", ["fp8", "int8"])
+def test_swapping_engine_over_a_quantized_cache_gives_the_same_tokens(model, code: str):
+    path, _, settings = model
+    settings = {**settings, "kv_cache_dtype": code}
+    resident = Engine(path, **settings).generate(PROMPTS, PARAMS)
+    budget = budget_for(model, 0.67)
+    engine = Engine(path, memory_pool_size=budget, swap_to_cpu=True, **settings)
+    assert engine.loaded.memory.swap.bytes_per_pass > 0
+    swapped = engine.generate(PROMPTS, PARAMS)
+    assert [o.token_ids for o in swapped] == [o.token_ids for o in resident]
+
+
 def test_swapping_engine_copies_weights_out_once(model):
     path, _, settings = model
     engine = Engine(path, memory_pool_size=budget_for(model, 0.67), swap_to_cpu=True, **settings)
