@@ -93,10 +93,13 @@ def test_products_of_many_rows_wait_before_activations() -> None:
     """The copying warp asks for weights, then waits; the others wait before anything else."""
     text = code_of(CSRC / "gemm/hopper.cuh")
     run = body_at(text, text.index("{", text.index("void run(const device::Dependent")))
-    ahead = run[: run.index("dependent.wait()")]
-    assert run.count("dependent.wait()") == 1
+    experts, wait = "if constexpr (kGathered) dependent.wait()", "dependent.wait()"
+    ahead = run[: run.rindex(wait)]
+    assert run.count(wait) == 2
+    assert ahead.index(experts) < ahead.index("tiles.next(")
     assert "fetch_weight(" in ahead
     assert "copy_box" not in ahead
+    assert "fetch_x" not in ahead
     fetch = body_at(text, text.index("{", text.index("void fetch_weight(")))
     for touched in ("args_.x", "p_.x", "p_.bias", "p_.out"):
         assert touched not in fetch, f"{touched} stands before the wait"

@@ -175,7 +175,7 @@ def check_grouped(check: Checker, small: bool) -> None:
     n, k = 72, 200
     for name, make in MAKERS.items():
         for experts, tokens, top_k in [(5, 1, 2), (40, 9, 3), (3, 0, 2)] + (
-            [] if small else [(5, 200, 2), (33, 64, 6), (2, 150, 1)]
+            [] if small else [(5, 200, 2), (33, 64, 6), (2, 150, 1), (3, 500, 2)]
         ):
             values, weight = make((experts,), n, k)
             ids = torch.randint(0, experts, (tokens * top_k,), device=DEV)
@@ -198,7 +198,7 @@ def check_grouped(check: Checker, small: bool) -> None:
 
 
 def check_batched(check: Checker, small: bool) -> None:
-    for rows in (1, 5, 40) if small else (1, 5, 16, 40, 100):
+    for rows in (1, 5, 40) if small else (1, 5, 16, 40, 100, 300):
         for heads, m, k in [(3, 40, 64), (16, 128, 512), (2, 512, 128), (2, 7, 13)]:
             for w_dtype in (torch.float32, torch.bfloat16, torch.float16):
                 for x_dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -284,6 +284,9 @@ def same(check: Checker, label: str, cpu: list[Tensor], cuda: list[Tensor]) -> N
 # Timing -------------------------------------------------------------------------------------------
 
 
+Calls = list[Callable[[], object]]
+
+
 def random_weight(name: str, n: int, k: int) -> tuple[tuple, int]:
     """Arranged random weight (codes need no meaning here) and its bytes."""
     if name in ("bf16", "fp16"):
@@ -366,6 +369,7 @@ def time_products(read_tbps: float) -> Iterator[dict]:
 
 
 MANY_ROWS = (48, 64, 128, 256, 512, 1024, 2048, 4096)
+FORMATS = ("bf16", "fp8", "int8", "int4")
 SHAPES = [
     ("7b gate_up", 37888, 3584), ("7b down", 3584, 18944), ("7b qkv", 4608, 3584),
     ("7b o", 3584, 3584), ("1.5b gate_up", 17920, 1536), ("1.5b down", 1536, 8960),
@@ -379,6 +383,9 @@ def canonical_weight(name: str, n: int, k: int) -> tuple:
         return ()
     if name == "fp8":
         codes = torch.randint(0, 126, (n, k), device=DEV, dtype=torch.uint8)
+        return codes, torch.rand(n, device=DEV)
+    if name == "int8":
+        codes = torch.randint(-128, 128, (n, k), device=DEV, dtype=torch.int8)
         return codes, torch.rand(n, device=DEV)
     codes = torch.randint(0, 256, (n, k // 2), device=DEV, dtype=torch.uint8)
     return codes, torch.rand(n, k // 128, device=DEV).half(), None, 128
@@ -395,36 +402,102 @@ def time_many_rows() -> Iterator[dict]:
     for label, n, k in SHAPES:
         copies = max(2, min(8, ceil_div(4 * L2_BYTES, 2 * n * k)))
         dense = [torch.randn(n, k, device=DEV, dtype=torch.bfloat16) for _ in range(copies)]
-        for name in ("bf16", "fp8", "int4"):
+        for name in FORMATS:
             weights = [random_weight(name, n, k)[0] for _ in range(copies)]
             pairs = [(canonical_weight(name, n, k), d) for d in dense]
             for rows in MANY_ROWS:
                 x = torch.randn(rows, k, device=DEV, dtype=torch.bfloat16)
                 out = torch.empty(rows, n, device=DEV, dtype=torch.bfloat16)
 
-                # Theirs before and after ours: the clock of a warm GPU falls.
-                theirs = [partial(multiply_torch, name, c, d, x, out) for c, d in pairs]
-                before = median_us(theirs)
-                ours = median_us([partial(op("linear", name), x, *w, None, out) for w in weights])
-                torch_us = min(before, median_us(theirs))
-                yield {
-                    "shape": label, "n": n, "k": k, "format": name, "rows": rows,
-                    "us": round(ours, 2), "torch_us": round(torch_us, 2),
-                    "tflops": round(2e-6 * rows * n * k / ours, 1),
-                    "speedup": round(torch_us / ours, 3),
-                }  # fmt: skip
+                times = times_beside_torch(
+                    [partial(op("linear", name), x, *w, None, out) for w in weights],
+                    [partial(torch.mm, x, d.T, out=out) for d in dense],
+                    [partial(multiply_torch, name, c, d, x, out) for c, d in pairs],
+                )
+                row = {"shape": label, "n": n, "k": k, "format": name, "rows": rows}
+                yield row | {"tflops": round(2e-6 * rows * n * k / times["us"], 1)} | times
             del weights, pairs
         del dense
         torch.cuda.empty_cache()
 
 
+def time_experts() -> Iterator[dict]:
+    """DeepSeek-V2-Lite's experts; torch multiplies expert by expert rows that lie together."""
+    experts, top_k, n, k = 64, 6, 1408, 2048
+    dense = torch.randn(experts, n, k, device=DEV, dtype=torch.bfloat16)
+    for tokens in (512, 1024, 2048, 4096):
+        ids = torch.rand(tokens, experts, device=DEV).topk(top_k).indices.flatten()
+        order = torch.argsort(ids, stable=True)
+        counts = torch.bincount(ids, minlength=experts)
+        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        bounds = offsets.tolist()
+        x = torch.randn(tokens, k, device=DEV, dtype=torch.bfloat16)
+        out = torch.empty(tokens * top_k, n, device=DEV, dtype=torch.bfloat16)
+        spans = list(zip(bounds, bounds[1:], dense, strict=False))
+        sorted_x, sorted_out = x[order // top_k], torch.empty_like(out)
+
+        def multiply_experts(spans=spans, x=sorted_x, out=sorted_out) -> None:
+            for begin, end, w in spans:
+                torch.mm(x[begin:end], w.T, out=out[begin:end])
+
+        for name in FORMATS:
+            weight = stacked_weight(name, dense)
+            args = (x, *weight, order.int(), offsets.int(), top_k, out)
+            calls: Calls = [partial(op("grouped_linear", name), *args)]
+            times = times_beside_torch(calls, [multiply_experts], [multiply_experts])
+            yield {"op": "experts", "n": n, "k": k, "format": name, "rows": tokens} | times
+
+
+def stacked_weight(name: str, dense: Tensor) -> tuple:
+    experts, n, k = dense.shape
+    if name == "bf16":
+        return (dense,)
+    packed, scale, *rest = random_weight(name, experts * n, k)[0]
+    scale = scale.view(experts, n // 16, -1, 16) if name == "int4" else scale.view(experts, n)
+    return (packed.view(experts, n // 16, -1, 1024), scale, *rest)
+
+
+def time_heads() -> Iterator[dict]:
+    """MLA's products with the two halves of kv_b, absorbed: one weight a head."""
+    for n, k in ((512, 128), (128, 512)):
+        for rows in (128, 512, 2048, 4096):
+            x = torch.randn(rows, 16, k, device=DEV, dtype=torch.bfloat16)
+            weight = torch.randn(16, n, k, device=DEV, dtype=torch.bfloat16)
+            out = torch.empty(rows, 16, n, device=DEV, dtype=torch.bfloat16)
+            theirs: Calls = [partial(torch.einsum, "rhk,hmk->rhm", x, weight)]
+            calls: Calls = [partial(OPS.batched_linear, x, weight, out)]
+            times = times_beside_torch(calls, theirs, theirs)
+            yield {"op": "heads", "n": n, "k": k, "format": "bf16", "rows": rows} | times
+
+
+def print_stacks(rows: list[dict]) -> None:
+    print("stacks of weights: us, torch's time over ours")
+    for r in rows:
+        shape = f"{r['op']} {r['k']} to {r['n']}"
+        print(f"{shape:20}{r['format']:7}{r['rows']:5}{r['us']:9.1f} {r['of_dense']:5.2f}")
+
+
+def times_beside_torch(ours: Calls, dense: Calls, dequantized: Calls) -> dict[str, float]:
+    """Theirs before and after ours: the clock of a warm GPU falls."""
+    before = [median_us(dense), median_us(dequantized)]
+    us = median_us(ours)
+    dense_us = min(before[0], median_us(dense))
+    torch_us = min(before[1], median_us(dequantized))
+    return {
+        "us": round(us, 2), "dense_us": round(dense_us, 2), "torch_us": round(torch_us, 2),
+        "of_dense": round(dense_us / us, 3), "speedup": round(torch_us / us, 3),
+    }  # fmt: skip
+
+
 def print_many_rows(rows: list[dict]) -> None:
-    print("us (torch's time over ours): torch is bf16, or dequantization to bf16 and then bf16")
-    print(f"{'shape':13}{'format':7}" + "".join(f"{r:>15}" for r in MANY_ROWS))
+    print("us (torch's time over ours, for a bf16 weight / with dequantization to bf16 before it)")
+    print(f"{'shape':13}{'format':7}" + "".join(f"{r:>19}" for r in MANY_ROWS))
     for label, *_ in SHAPES:
-        for name in ("bf16", "fp8", "int4"):
+        for name in FORMATS:
             mine = [r for r in rows if r["shape"] == label and r["format"] == name]
-            cells = "".join(f"{r['us']:9.1f} {r['speedup']:5.2f}" for r in mine)
+            cells = "".join(
+                f"{r['us']:9.1f} {r['of_dense']:4.2f}/{r['speedup']:4.2f}" for r in mine
+            )
             print(f"{label:13}{name:7}{cells}")
     slower = [f"{r['shape']} {r['format']} {r['rows']} ({r['speedup']})" for r in rows
               if r["speedup"] < 1]  # fmt: skip
@@ -464,6 +537,7 @@ def main() -> None:
     read_tbps = streaming_read()
     rows = [] if args.only_many_rows else list(time_products(read_tbps))
     many = list(time_many_rows())
+    stacks = [*time_experts(), *time_heads()]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
@@ -476,6 +550,7 @@ def main() -> None:
             f"{r['tflops']:7.0f}{r.get('torch_us', ''):>9}"
         )
     print_many_rows(many)
+    print_stacks(stacks)
     print(
         json.dumps(
             {
@@ -484,6 +559,7 @@ def main() -> None:
                 "read_tbps": read_tbps,
                 "times": rows,
                 "many": many,
+                "stacks": stacks,
             }
         )
     )

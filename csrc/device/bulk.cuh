@@ -40,6 +40,14 @@ __device__ inline void barrier_arrive(std::uint64_t* barrier, unsigned count) {
 #endif
 }
 
+/// Arrive once this thread's copies so far (copy_async_16) are done. PTX ISA 9.7.13.15.17.
+__device__ inline void barrier_arrive_after_copies(std::uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(barrier))
+               : "memory");
+#endif
+}
+
 /// Arrive at the same barrier of CTA `rank` of the cluster. It orders no memory of this thread
 /// beyond the CTA (release.cluster costs a microsecond): finished products and copies need no more.
 __device__ inline void barrier_arrive_at(std::uint64_t* barrier, unsigned rank) {
@@ -76,7 +84,17 @@ __device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint6
 #endif
 }
 
-/// The same with five coordinates, the innermost first.
+/// The same with four or five coordinates, the innermost first.
+__device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint64_t* barrier,
+                                const int (&at)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(target)),
+      "l"(&map), "r"(smem_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+      : "memory");
+#endif
+}
 __device__ inline void copy_box(void* target, const CUtensorMap& map, std::uint64_t* barrier,
                                 const int (&at)[5]) {
 #if __CUDA_ARCH__ >= 900
@@ -98,18 +116,6 @@ __device__ inline void copy_box_to(void* target, const CUtensorMap& map, std::ui
       ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(smem_address(target)),
       "l"(&map), "r"(smem_address(barrier)), "r"(column), "r"(row), "r"(batch),
       "h"(std::uint16_t(ranks))
-      : "memory");
-#endif
-}
-
-/// Copy contiguous bytes, a multiple of 16 with both ends aligned to 16. PTX ISA 9.7.9.25.5.2.
-__device__ inline void copy_bulk(void* target, const void* source, unsigned bytes,
-                                 std::uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(smem_address(target)),
-      "l"(source), "r"(bytes), "r"(smem_address(barrier))
       : "memory");
 #endif
 }
@@ -172,18 +178,20 @@ __device__ inline void cluster_sync_relaxed() {
 #endif
 }
 
-/// Four floats at the address that `pointer` has here, from shared memory of CTA `rank`.
-__device__ inline float4 load_cluster(const float* pointer, unsigned rank) {
-  float4 value{};
+/// Store 16 bytes at the address that `pointer` has here, in shared memory of CTA `rank`; the
+/// barrier there counts them. PTX ISA 9.7.9.12, st.async.
+__device__ inline void store_cluster(void* pointer, const float* values, std::uint64_t* barrier,
+                                     unsigned rank) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{.reg .b32 there; mapa.shared::cluster.u32 there, %4, %5; "
-      "ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there];}"
-      : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-      : "r"(smem_address(pointer)), "r"(rank)
+      "{.reg .b32 there, barrier; mapa.shared::cluster.u32 there, %0, %2; "
+      "mapa.shared::cluster.u32 barrier, %1, %2; "
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], "
+      "{%3,%4,%5,%6}, [barrier];}" ::"r"(smem_address(pointer)),
+      "r"(smem_address(barrier)), "r"(rank), "f"(values[0]), "f"(values[1]), "f"(values[2]),
+      "f"(values[3])
       : "memory");
 #endif
-  return value;
 }
 
 /// Store four 8 x 8 tiles of 16-bit values transposed: lane 8 i + j names the address of column j
@@ -209,5 +217,12 @@ CUtensorMap tensor_map(const void* data, bool is_float16, std::int64_t batches, 
 /// by `box_rows` of the second. Strides in bytes, of dimensions 1 to 4.
 CUtensorMap tensor_map(const void* data, bool is_float16, const std::int64_t (&sizes)[5],
                        const std::int64_t (&strides)[4], int box_rows);
+
+/// Map of a tensor of 32-bit words [batches][tiles][blocks][words], copied in boxes of `box_tiles`
+/// tiles of `box_blocks` blocks, as they lie. Strides in bytes, multiples of 16 as is `data`;
+/// `words` is at most 256.
+CUtensorMap word_map(const void* data, std::int64_t batches, std::int64_t tiles,
+                     std::int64_t blocks, int words, std::int64_t batch_stride, int box_tiles,
+                     int box_blocks);
 
 }  // namespace fastgpt::device

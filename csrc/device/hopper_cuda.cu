@@ -1,14 +1,10 @@
-#include <array>
-#include <mutex>
-
 #include "device/hopper.cuh"
+#include "device/once_per_device.cuh"
 #include "device/wgmma.cuh"
 #include "fastgpt/check.h"
 
 namespace fastgpt::device {
 namespace {
-
-constexpr int kMaxDevices = 64;
 
 // Nobody launches it; its attributes tell which code was loaded. The driver reports 90 for code of
 // sm_90a as well as for 9.0's, so the former shows itself by its shared memory.
@@ -43,20 +39,14 @@ int max_clusters(int size) {
 }  // namespace
 
 const HopperTraits& hopper_traits() {
-  static std::array<HopperTraits, kMaxDevices> traits{};
-  static std::array<std::once_flag, kMaxDevices> once;
-  int device = 0;
-  FASTGPT_CUDA_TRY(cudaGetDevice(&device));
-  FASTGPT_CHECK(device < kMaxDevices, "device ", device, "; expected less than ", kMaxDevices);
-  std::call_once(once[std::size_t(device)], [&] {
+  return once_per_device<HopperTraits>([](int) {
     cudaFuncAttributes attributes{};
     FASTGPT_CUDA_TRY(cudaFuncGetAttributes(&attributes, wgmma_probe_kernel));
-    HopperTraits& t = traits[std::size_t(device)];
+    HopperTraits t{};
     t.has_wgmma = attributes.sharedSizeBytes > 0;
-    if (!t.has_wgmma) return;
-    for (int size = 1; size <= 8; ++size) t.max_clusters[size] = max_clusters(size);
+    for (int size = 1; t.has_wgmma && size <= 8; ++size) t.max_clusters[size] = max_clusters(size);
+    return t;
   });
-  return traits[std::size_t(device)];
 }
 
 }  // namespace fastgpt::device

@@ -8,7 +8,7 @@
 //                x rows ─► 0 .. kRows - 1
 //     weight  0 ..  63     warps 0-3        a stage of x: 64 columns of all rows
 //            64 .. 127     warps 4-7        of the weight: 64 columns (dense) or 128 (packed)
-//     copies               warp 8
+//     copies               warp 8, and for x of experts 9 and 10
 //
 // A cluster of CTAs works in rounds, whole tiles first, then split ones:
 //   whole  every CTA takes another weight tile of the same rows of x, fetches its share of x and
@@ -32,92 +32,63 @@ namespace fastgpt::gemm {
 inline constexpr int kHopperThreads = 384;
 
 /// The copying warp: asks for every stage of the CTA's tiles as its slot becomes free.
-template <WeightFormat kFormat, int kRows>
+template <WeightFormat kFormat, int kRows, bool kGathered>
 class HopperCopies {
  public:
   using Ring = HopperRing<kFormat, kRows>;
 
   __device__ HopperCopies(const HopperArgs& args, typename Ring::Barriers& barriers,
                           std::uint8_t* shared, int lane)
-      : args_(args),
-        p_(args.product),
-        barriers_(barriers),
-        shared_(shared),
-        lane_(lane),
-        scale_bytes_(Ring::kInt4 ? kBlockCols / unsigned(p_.group_size) * kTileN * 2 : 0),
-        zero_bytes_(Ring::kInt4 && p_.zero_point != nullptr ? scale_bytes_ / 2 : 0) {}
+      : args_(args), barriers_(barriers), shared_(shared), lane_(lane) {
+    if constexpr (Ring::kInt4) {
+      scale_bytes_ = kBlockCols / unsigned(args.product.group_size) * kHopperN * 2;
+      zero_bytes_ = args.product.zero_point != nullptr ? scale_bytes_ / 2 : 0;
+    }
+  }
 
   /// @param dependent the kernel's: weights are asked for ahead of its wait, x behind it.
   __device__ void run(const device::Dependent<HopperArgs>& dependent, HopperTiles<kRows> tiles) {
     if (lane_ == 0) {
-      device::prefetch_map(args_.x);
-      if (Ring::kDense) device::prefetch_map(args_.weight);
+      if (!kGathered) device::prefetch_map(args_.x);
+      device::prefetch_map(args_.weight);
     }
-    const int share = kRows / args_.num_shares * tiles.rank();  // first row of this CTA's part
+    if constexpr (kGathered) dependent.wait();  // other kernels chose the experts of rows
+    share_ = kRows / args_.num_shares * tiles.rank();
     HopperTile tile;
     bool more = tiles.next(tile);
-    int ahead = 0;
-    if (more) {
-      begin(tile, tiles.num_stages());
-      for (; ahead < Ring::kWeightCount && tile.begin + ahead < tile.end; ++ahead) {
-        fetch_weight(tile.begin + ahead);
-      }
+    int stage = tile.begin;  // the next one to ask for
+    if (more && lane_ == 0) {
+      begin(tile);
+      const int end = min(tile.end, tile.begin + Ring::kWeightCount);
+      for (; stage < end; ++stage) fetch_weight(stage);
     }
     dependent.wait();
+    unsigned sums_parity = 0;
     while (more) {
-      for (int stage = tile.begin; stage < tile.end; ++stage) {
-        if (ahead > 0) {
-          --ahead;
-        } else {
-          fetch_weight(stage);
-        }
-#pragma unroll
-        for (int part = 0; part < Ring::kParts; ++part) {
-          const int column = stage * Ring::kColumns + part * kHopperColumns;
-          std::uint8_t* to = shared_ + x_.slot * Ring::kXBytes;
-          std::uint64_t* full = &barriers_.x_full[x_.slot];
-          device::barrier_wait(&barriers_.x_empty[x_.slot], x_.parity ^ 1);
-          x_.advance();
-          if (lane_ == 0) {
-            device::barrier_expect(full, Ring::kXBytes);
-            if (tile.is_split || args_.num_shares == 1) {
-              device::copy_box(to, args_.x, full, column, row_, batch_);
-            } else {
-              device::copy_box_to(to + share * 128, args_.x_share, full, column, row_ + share,
-                                  batch_, (1U << args_.num_shares) - 1);
-            }
-          }
+      if (lane_ == 0) {
+        for (int i = tile.begin; i < tile.end; ++i) {
+          if (i == stage) fetch_weight(stage++);
+          if constexpr (!kGathered) fetch_x(tile, i);
         }
       }
-      if (tile.is_split) {
-        __syncwarp();
-        device::cluster_sync();          // the rings hold sums now,
-        device::cluster_sync_relaxed();  // and are free again
+      __syncwarp();
+      if (tile.is_split) {  // the rings hold sums now, and are free again
+        device::barrier_wait(&barriers_.sums_read, sums_parity);
+        sums_parity ^= 1;
       }
       more = tiles.next(tile);
-      if (more) begin(tile, tiles.num_stages());
+      if (more) begin(tile);
+      stage = tile.begin;
     }
   }
 
  private:
-  // This loop has a few hundred cycles a stage: what is the same for a tile is worked out here.
-  __device__ void begin(const HopperTile& tile, int num_stages) {
+  // One lane walks over the stages of a tile, a few hundred cycles each: what is the same for a
+  // tile is worked out here.
+  __device__ void begin(const HopperTile& tile) {
     row_ = int(tile.rows.first);
     batch_ = tile.rows.weight;
     weight_row_ = tile.weight * kHopperN;
-    if constexpr (!Ring::kDense) {
-      // A lane asks for 16 weight rows.
-      const std::int64_t first = weight_row_ / kTileN;
-      const std::int64_t left = ceil_div(p_.n, kTileN) - first;
-      count_ = int(max(std::int64_t(0), min(std::int64_t(kHopperN / kTileN), left)));
-      const std::int64_t index = (first + lane_) * num_stages + tile.begin;
-      packed_ = p_.packed + batch_ * p_.weight_batch_bytes + index * Ring::kTileBytes;
-      if constexpr (Ring::kInt4) {
-        scale_ = static_cast<const std::uint8_t*>(p_.scale) + batch_ * p_.scale_batch_bytes +
-                 index * scale_bytes_;
-        zero_ = p_.zero_point + batch_ * p_.zero_batch_bytes + index * zero_bytes_;
-      }
-    }
   }
 
   __device__ void fetch_weight(int stage) {
@@ -125,52 +96,112 @@ class HopperCopies {
     std::uint64_t* full = &barriers_.weight_full[weight_.slot];
     device::barrier_wait(&barriers_.weight_empty[weight_.slot], weight_.parity ^ 1);
     weight_.advance();
+    device::barrier_expect(full, Ring::kCodeBytes + scale_bytes_ + zero_bytes_);
     if constexpr (Ring::kDense) {
-      if (lane_ == 0) {
-        device::barrier_expect(full, Ring::kWeightBytes);
-        device::copy_box(to, args_.weight, full, stage * Ring::kColumns, weight_row_, batch_);
-      }
+      device::copy_box(to, args_.weight, full, stage * Ring::kColumns, weight_row_, batch_);
     } else {
-      if (lane_ == 0) {
-        device::barrier_expect(full,
-                               unsigned(count_) * (Ring::kTileBytes + scale_bytes_ + zero_bytes_));
-      }
-      __syncwarp();
-      if (lane_ < count_) {
-        device::copy_bulk(to + lane_ * Ring::kTileBytes, packed_, Ring::kTileBytes, full);
-        packed_ += Ring::kTileBytes;
-        if constexpr (Ring::kInt4) {
-          to += Ring::kCodeBytes;
-          device::copy_bulk(to + lane_ * scale_bytes_, scale_, scale_bytes_, full);
-          scale_ += scale_bytes_;
-          if (zero_bytes_ != 0) {
-            to += Ring::kScaleBytes;
-            device::copy_bulk(to + lane_ * zero_bytes_, zero_, zero_bytes_, full);
-            zero_ += zero_bytes_;
-          }
+      const int tile = weight_row_ / kTileN;
+      device::copy_box(to, args_.weight, full, {0, stage * Ring::kBlobs, tile, batch_});
+      if constexpr (Ring::kInt4) {
+        to += Ring::kCodeBytes;
+        device::copy_box(to, args_.scale, full, {0, stage, tile, batch_});
+        to += Ring::kScaleBytes;
+        if (zero_bytes_ != 0) {
+          device::copy_box(to, args_.zero_point, full, {0, stage, tile, batch_});
         }
       }
-      __syncwarp();
+    }
+  }
+
+  /// x of a stage of the weight.
+  __device__ void fetch_x(const HopperTile& tile, int stage) {
+#pragma unroll
+    for (int part = 0; part < Ring::kParts; ++part) {
+      const int column = stage * Ring::kColumns + part * kHopperColumns;
+      std::uint8_t* to = shared_ + x_.slot * Ring::kXBytes;
+      std::uint64_t* full = &barriers_.x_full[x_.slot];
+      device::barrier_wait(&barriers_.x_empty[x_.slot], x_.parity ^ 1);
+      x_.advance();
+      device::barrier_expect(full, Ring::kXBytes);
+      if (tile.is_split || args_.num_shares == 1) {
+        device::copy_box(to, args_.x, full, column, row_, batch_);
+      } else {
+        device::copy_box_to(to + share_ * 128, args_.x_share, full, column, row_ + share_, batch_,
+                            (1U << args_.num_shares) - 1);
+      }
     }
   }
 
   const HopperArgs& args_;
-  const ProductArgs& p_;
   typename Ring::Barriers& barriers_;
   std::uint8_t* shared_;
   int lane_;
-  unsigned scale_bytes_, zero_bytes_;  // of 16 weight rows and a stage
+  unsigned scale_bytes_ = 0, zero_bytes_ = 0;  // of a stage
+  int share_ = 0;                              // first row of this CTA's part of a shared x
   int row_ = 0, batch_ = 0, weight_row_ = 0;
-  int count_ = 0;  // of 16 weight rows each
-  const std::uint8_t* packed_ = nullptr;
-  const std::uint8_t* scale_ = nullptr;
-  const std::uint8_t* zero_ = nullptr;
   RingPlace<Ring::kWeightCount> weight_;
   RingPlace<Ring::kXCount> x_;
 };
 
+/// Two more copying warps, for rows of experts: they lie apart, where TMA does not find them.
+/// Lane 8 i + j copies chunk j of every fourth row.
+template <WeightFormat kFormat, int kRows>
+class HopperGather {
+ public:
+  using Ring = HopperRing<kFormat, kRows>;
+  static constexpr int kThreads = 64;
+
+  __device__ HopperGather(const ProductArgs& p, typename Ring::Barriers& barriers,
+                          std::uint8_t* shared, int (&x_rows)[kRows], int thread)
+      : p_(p), barriers_(barriers), shared_(shared), x_rows_(x_rows), thread_(thread) {}
+
+  __device__ void run(HopperTiles<kRows> tiles) {
+    constexpr int kStep = kThreads / 8;  // rows of x at once
+    const int first = thread_ / 8, chunk = thread_ % 8;
+    const int to = first * 128 + (chunk ^ first % 8) * 16;
+    HopperTile tile;
+    while (tiles.next(tile)) {
+      device::named_barrier<3>(kThreads);  // both warps have left the tile before
+      for (int row = thread_; row < kRows; row += kThreads) {
+        x_rows_[row] = row < tile.rows.count
+                           ? int(p_.sorted_rows[tile.rows.first + row] / p_.rows_per_token)
+                           : -1;
+      }
+      device::named_barrier<3>(kThreads);
+      const int num_parts = (tile.end - tile.begin) * Ring::kParts;
+      for (int part = 0; part < num_parts; ++part) {
+        const std::int64_t column = std::int64_t(part) * kHopperColumns + chunk * 8;
+        const int bytes = int(max(std::int64_t(0), min(std::int64_t(16), (p_.k - column) * 2)));
+        const auto* from = static_cast<const std::uint16_t*>(p_.x) + column;
+        std::uint8_t* stage = shared_ + x_.slot * Ring::kXBytes + to;
+        std::uint64_t* full = &barriers_.x_full[x_.slot];
+        device::barrier_wait(&barriers_.x_empty[x_.slot], x_.parity ^ 1);
+        x_.advance();
+#pragma unroll 8
+        for (int i = 0; i < kRows / kStep; ++i) {
+          const int row = x_rows_[first + i * kStep];
+          const bool valid = row >= 0 && bytes > 0;
+          device::copy_async_16(stage + i * kStep * 128,
+                                valid ? from + row * p_.x_stride
+                                      : static_cast<const std::uint16_t*>(p_.x),
+                                valid ? bytes : 0);
+        }
+        device::barrier_arrive_after_copies(full);
+      }
+    }
+  }
+
+ private:
+  const ProductArgs& p_;
+  typename Ring::Barriers& barriers_;
+  std::uint8_t* shared_;
+  int (&x_rows_)[kRows];
+  int thread_;
+  RingPlace<Ring::kXCount> x_;
+};
+
 /// One of eight multiplying warps: adds up the stages of a tile.
-template <WeightFormat kFormat, class X, int kRows, Scales kScales>
+template <WeightFormat kFormat, class X, int kRows, Scales kScales, bool kGathered>
 class HopperSums {
  public:
   using Ring = HopperRing<kFormat, kRows>;
@@ -310,8 +341,8 @@ class HopperSums {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if constexpr (kScales != Scales::kRow) unit[half] = operands.unit(half);
-      if constexpr (kFormat == WeightFormat::kFp8) {
-        unit[half] *= device::kFp8Unit<X>;
+      if constexpr (kHasChannelScale<kFormat>) {
+        unit[half] *= kCodeUnit<kFormat, X>;
         const std::int64_t n =
             std::int64_t(tile.weight) * kHopperN + sum_column(2 * half, lane_, warp_);
         if (kScales == Scales::kRow && n < p_.n) {
@@ -322,7 +353,7 @@ class HopperSums {
     change_units(sum, unit);
   }
 
-  /// fp8
+  /// fp8 and int8
   __device__ const float* scales_of(const HopperTile& tile) const {
     const auto* bytes = static_cast<const std::uint8_t*>(p_.scale);
     return reinterpret_cast<const float*>(bytes + tile.rows.weight * p_.scale_batch_bytes);
@@ -346,7 +377,10 @@ class HopperSums {
     device::wgmma_hold(sum);
   }
 
-  __device__ void wait_x() { device::barrier_wait(&barriers_.x_full[x_.slot], x_.parity); }
+  __device__ void wait_x() {
+    device::barrier_wait(&barriers_.x_full[x_.slot], x_.parity);
+    if constexpr (kGathered) device::fence_async_proxy();  // threads wrote it, products read it
+  }
 
   /// Hand the oldest stage of x back to those who fill it.
   __device__ void release_x(const HopperTile& tile) {
@@ -376,11 +410,13 @@ class HopperSums {
 
 // A ninth of the registers of an SM for each warp: __launch_bounds__ would count a tenth to
 // twelfth.
-template <WeightFormat kFormat, class X, int kRows, Scales kScales>
+/// @tparam kGathered rows of x lie apart: grouped products
+template <WeightFormat kFormat, class X, int kRows, Scales kScales, bool kGathered>
 __global__ void __launch_bounds__(kHopperThreads, 1)
     hopper_kernel(const __grid_constant__ device::Dependent<HopperArgs> dependent) {
 #ifdef FASTGPT_HAS_WGMMA
   using Ring = HopperRing<kFormat, kRows>;
+  using Gather = HopperGather<kFormat, kRows>;
   extern __shared__ std::uint8_t raw_shared[];
   __shared__ typename Ring::Barriers barriers;
   std::uint8_t* const shared = raw_shared + (1024 - device::smem_address(raw_shared) % 1024) % 1024;
@@ -396,9 +432,12 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
       device::barrier_init(&barriers.weight_empty[i], Ring::kDense ? 2 : 8);  // groups, or warps
     }
     for (int i = 0; i < Ring::kXCount; ++i) {
-      device::barrier_init(&barriers.x_full[i], 1);
+      device::barrier_init(&barriers.x_full[i], kGathered ? Gather::kThreads : 1);
       device::barrier_init(&barriers.x_empty[i], unsigned(2 * args.num_shares));
     }
+    device::barrier_init(&barriers.sums_free, unsigned(8 * tiles.size()));  // warps
+    device::barrier_init(&barriers.sums_full, 1);
+    device::barrier_init(&barriers.sums_read, 8);
     device::barrier_init_fence();
   }
   tiles.size() > 1 ? device::cluster_sync_relaxed() : __syncthreads();
@@ -407,28 +446,37 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
     device::give_back_registers<56>();
     if (warp > 8) {
       dependent.wait();
+      if constexpr (kGathered) {
+        __shared__ int x_rows[kRows];
+        const int thread = int(threadIdx.x) - 9 * 32;
+        if (thread < Gather::kThreads) {
+          Gather(args.product, barriers, shared, x_rows, thread).run(tiles);
+        }
+      }
       return;  // a barrier of the cluster counts those who are left
     }
-    HopperCopies<kFormat, kRows> copies(args, barriers, shared, lane);
+    HopperCopies<kFormat, kRows, kGathered> copies(args, barriers, shared, lane);
     copies.run(dependent, tiles);
   } else {
     device::take_registers<224>();
     dependent.wait();
-    HopperSums<kFormat, X, kRows, kScales> sums(args, barriers, shared, warp, lane);
+    HopperSums<kFormat, X, kRows, kScales, kGathered> sums(args, barriers, shared, warp, lane);
+    SplitSums<Ring, kRows> split(barriers, shared, tiles.rank(), tiles.size(), warp, lane);
+    std::uint8_t* const staged = shared + Ring::kOutStart + warp / 4 * (Ring::kOutBytes / 2);
     float sum[kRows / 2];
     HopperTile tile;
     while (tiles.next(tile)) {
       sums.run(tile, tiles.num_stages(), sum);
+      int first = 0, end = tile.rows.count;
       if (tile.is_split) {
-        store_split<Ring, kRows>(args.product, tiles, tile, shared, sum, warp, lane);
-      } else {
-        store_whole<X, kRows>(args.product, tile,
-                              shared + Ring::kOutStart + warp / 4 * (Ring::kOutBytes / 2), sum,
-                              warp, lane);
+        split.add(sum, tile.rows.count);
+        first = split.first_row();
+        end = min(end, split.end_row());
       }
+      store_rows<X, kRows>(args.product, tile, first, end, staged, sum, warp, lane);
     }
   }
-  // Nobody leaves while others still send to it or read from it.
+  // Nobody leaves while others still send to it.
   if (tiles.size() > 1) device::cluster_sync_relaxed();
 #else
   dependent.wait();

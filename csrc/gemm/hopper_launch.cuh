@@ -6,7 +6,7 @@
 
 namespace fastgpt::gemm {
 
-template <WeightFormat kFormat, class X, int kRows, Scales kScales>
+template <WeightFormat kFormat, class X, int kRows, Scales kScales, bool kGathered>
 void launch_hopper_kernel(const ProductArgs& p, int num_batches, const HopperPlan& plan,
                           cudaStream_t stream) {
   using Ring = HopperRing<kFormat, kRows>;
@@ -17,11 +17,26 @@ void launch_hopper_kernel(const ProductArgs& p, int num_batches, const HopperPla
     return device::tensor_map(p.x, kFloat16, num_batches, p.num_rows, p.k, p.x_batch_stride * 2,
                               p.x_stride * 2, box_rows);
   };
-  args.x = x_map(kRows);
+  if (!kGathered) args.x = x_map(kRows);
   if (plan.num_shares > 1) args.x_share = x_map(kRows / plan.num_shares);
+  const std::int64_t num_weights = kGathered ? p.num_experts : num_batches;
   if constexpr (kFormat == WeightFormat::kDense) {
-    args.weight = device::tensor_map(p.packed, kFloat16, num_batches, p.n, p.k,
+    args.weight = device::tensor_map(p.packed, kFloat16, num_weights, p.n, p.k,
                                      p.weight_batch_bytes, p.weight_row_bytes, kHopperN);
+  } else {
+    const auto map = [&](const void* data, std::int64_t batch_bytes, int words, int blocks) {
+      return device::word_map(data, num_weights, ceil_div(p.n, kTileN),
+                              ceil_div(p.k, kBlockCols) * blocks, words, batch_bytes,
+                              kHopperN / kTileN, blocks);
+    };
+    args.weight = map(p.packed, p.weight_batch_bytes, kBlobBytes / 4, Ring::kBlobs);
+    if constexpr (kFormat == WeightFormat::kInt4) {
+      const int groups = kBlockCols / p.group_size;
+      args.scale = map(p.scale, p.scale_batch_bytes, groups * kTileN * 2 / 4, 1);
+      if (p.zero_point != nullptr) {
+        args.zero_point = map(p.zero_point, p.zero_batch_bytes, groups * kTileN / 4, 1);
+      }
+    }
   }
   args.row_tiles = plan.row_tiles;
   args.num_tiles = plan.num_tiles;
@@ -32,40 +47,47 @@ void launch_hopper_kernel(const ProductArgs& p, int num_batches, const HopperPla
   args.shares = Divisor(unsigned(plan.num_shares));
   args.rows_of_band[0] = Divisor(kHopperBand);
   args.rows_of_band[1] = Divisor(unsigned(std::max(plan.row_tiles % kHopperBand, 1)));
-  const auto kernel = hopper_kernel<kFormat, X, kRows, kScales>;
+  const auto kernel = hopper_kernel<kFormat, X, kRows, kScales, kGathered>;
   FASTGPT_CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         Ring::kSharedBytes));
   device::launch(kernel, unsigned(plan.num_clusters * plan.cluster), kHopperThreads,
                  Ring::kSharedBytes, stream, args, unsigned(plan.cluster));
 }
 
+// What is compiled is what best_hopper_plan chooses from.
 template <WeightFormat kFormat, class X, Scales kScales>
 void launch_hopper_scales(const ProductArgs& p, int num_batches, const HopperPlan& plan,
                           cudaStream_t stream) {
+  if (p.sorted_rows != nullptr) {
+    if (plan.rows == 128) {
+      return launch_hopper_kernel<kFormat, X, 128, kScales, true>(p, num_batches, plan, stream);
+    }
+    return launch_hopper_kernel<kFormat, X, 256, kScales, true>(p, num_batches, plan, stream);
+  }
   switch (plan.rows) {
     case 64:
-      return launch_hopper_kernel<kFormat, X, 64, kScales>(p, num_batches, plan, stream);
+      return launch_hopper_kernel<kFormat, X, 64, kScales, false>(p, num_batches, plan, stream);
     case 128:
-      return launch_hopper_kernel<kFormat, X, 128, kScales>(p, num_batches, plan, stream);
+      return launch_hopper_kernel<kFormat, X, 128, kScales, false>(p, num_batches, plan, stream);
     case 192:
       if constexpr (kFormat == WeightFormat::kDense) {
-        return launch_hopper_kernel<kFormat, X, 192, kScales>(p, num_batches, plan, stream);
+        return launch_hopper_kernel<kFormat, X, 192, kScales, false>(p, num_batches, plan, stream);
       }
       [[fallthrough]];
     default:
-      return launch_hopper_kernel<kFormat, X, 256, kScales>(p, num_batches, plan, stream);
+      return launch_hopper_kernel<kFormat, X, 256, kScales, false>(p, num_batches, plan, stream);
   }
 }
 
 template <WeightFormat kFormat, class X>
 void launch_hopper(const ProductArgs& p, int num_batches, const device::Traits& traits,
                    cudaStream_t stream) {
-  constexpr int kBits = kFormat == WeightFormat::kDense ? 16
-                        : kFormat == WeightFormat::kFp8 ? 8
-                                                        : 4;
-  const HopperPlan plan = best_hopper_plan({p.num_rows, p.n, p.k, num_batches, kBits,
-                                            traits.num_sms, device::hopper_traits().max_clusters});
-  if constexpr (kFormat == WeightFormat::kDense) {
+  constexpr int kBits = 8 * kBlobBytes / (kTileN * blob_cols(kFormat));
+  const std::int64_t num_experts = p.sorted_rows != nullptr ? std::max(p.num_experts, 1) : 0;
+  const HopperPlan plan =
+      best_hopper_plan({p.num_rows, p.n, p.k, num_batches, num_experts, kBits, traits.num_sms,
+                        device::hopper_traits().max_clusters});
+  if constexpr (kFormat == WeightFormat::kDense || kFormat == WeightFormat::kInt8) {
     launch_hopper_scales<kFormat, X, Scales::kRow>(p, num_batches, plan, stream);
   } else if constexpr (kFormat == WeightFormat::kFp8) {
     if (p.block_scale) {

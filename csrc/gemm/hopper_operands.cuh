@@ -22,7 +22,8 @@ __device__ inline void exchange_pairs(Slot<WeightFormat::kInt4>& slot, int t) {
     word = (word & keep2) | (__funnelshift_l(other, other, turn2) & ~keep2);
   }
 }
-__device__ inline void exchange_pairs(Slot<WeightFormat::kFp8>& slot, int t) {
+template <WeightFormat kFormat>  // of a byte a code
+__device__ void exchange_pairs(Slot<kFormat>& slot, int t) {
   const std::uint32_t send = t & 1 ? 0x6420U : 0x7531U;  // pair 0 is bytes 0 and 2, pair 1 1 and 3
   const std::uint32_t merge_x = t & 1 ? 0x3514U : 0x5240U;
   const std::uint32_t merge_y = t & 1 ? 0x3716U : 0x7260U;

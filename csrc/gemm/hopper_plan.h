@@ -1,6 +1,5 @@
 // Which tile and cluster a Hopper product uses (hopper.cuh).
 #pragma once
-#include <algorithm>
 #include <cstdint>
 
 namespace fastgpt::gemm {
@@ -11,7 +10,8 @@ struct HopperShape {
   std::int64_t n;
   std::int64_t k;
   std::int64_t num_batches;
-  int bits;  // of a weight
+  std::int64_t num_experts;  // whose rows lie apart (grouped); else 0
+  int bits;                  // of a weight
   int num_sms;
   const int* max_clusters;  // [size]: clusters of 1 .. 8 CTAs that run at once
 };
@@ -30,63 +30,9 @@ struct HopperPlan {
 
 /// The plan for tiles of `rows` and clusters of `cluster` CTAs, with its estimate: rounds of whole
 /// tiles and of split ones, each bound by tensor cores, L2 or memory.
-inline HopperPlan hopper_plan(const HopperShape& s, int rows, int cluster) {
-  const auto ceil = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
-  HopperPlan plan;
-  plan.rows = rows;
-  plan.cluster = cluster;
-  const bool shares = (cluster == 2 || cluster == 4) && rows / cluster % 8 == 0;
-  plan.num_shares = shares ? cluster : 1;
-  plan.row_tiles = int(ceil(s.num_rows, rows));
-  plan.weight_tiles = int(ceil(ceil(s.n, 128), plan.num_shares) * plan.num_shares);
-  plan.num_tiles = int(plan.weight_tiles * plan.row_tiles * s.num_batches);
-  const int most = s.max_clusters[cluster];
-  const int stages = int(ceil(s.k, 64));
+HopperPlan hopper_plan(const HopperShape& shape, int rows, int cluster);
 
-  // Whole rounds of all CTAs; what is left is split where that takes less than one more round.
-  const int whole_rounds = plan.num_tiles / (most * cluster);
-  const int left = plan.num_tiles - whole_rounds * most * cluster;
-  const int split_rounds = int(ceil(left, most));
-  const bool split = left > 0 && cluster > 1 && split_rounds < cluster && stages >= 2 * cluster;
-  plan.whole_tiles = split ? plan.num_tiles - left : plan.num_tiles;
-  plan.num_clusters = std::min(most, std::max(plan.whole_tiles / cluster, split ? left : 0));
-  if (!split) plan.num_clusters = std::min<int>(most, int(ceil(plan.num_tiles, cluster)));
-
-  // Cycles of a stage of 64 columns on each of `active` SMs. The constants fit an H100's times.
-  const auto stage_cycles = [&](int active, int sharing) {
-    const double weight_bytes = 128.0 * 64 * s.bits / 8;
-    const double tensor = 4.4 * rows;
-    const double issue = s.bits < 16 ? 800.0 + 4.0 * rows : 0.0;  // codes become operands
-    const double l2 = (weight_bytes + rows * 128.0 / sharing) * active / (s.num_sms * 38.0);
-    const double memory = plan.row_tiles == 1 ? weight_bytes * active / (s.num_sms * 16.0) : 0.0;
-    const double alone = weight_bytes / 25.0;
-    return std::max({tensor, issue, l2, memory, alone});
-  };
-  const int rounds = whole_rounds + (left > 0 && !split ? 1 : 0);
-  if (rounds > 0) {
-    const int active = std::min(plan.num_tiles, most * cluster);
-    plan.cycles += rounds * (stages * stage_cycles(active, plan.num_shares) + 800.0);
-  }
-  if (split) {
-    const int active = std::min(left, most) * cluster;
-    plan.cycles +=
-        split_rounds * (double(stages) / cluster * stage_cycles(active, 1) + 5000.0 + 10.0 * rows);
-  }
-  return plan;
-}
-
-/// The plan that the estimate likes best.
-inline HopperPlan best_hopper_plan(const HopperShape& s) {
-  HopperPlan best;
-  for (const int rows : {64, 128, 192, 256}) {
-    if (s.bits < 16 && rows == 192) continue;  // not compiled
-    for (const int cluster : {1, 2, 3, 4, 6, 8}) {
-      if (s.max_clusters[cluster] < 1) continue;
-      const HopperPlan plan = hopper_plan(s, rows, cluster);
-      if (best.rows == 0 || plan.cycles < best.cycles) best = plan;
-    }
-  }
-  return best;
-}
+/// The plan that the estimate likes best, among those that are compiled.
+HopperPlan best_hopper_plan(const HopperShape& shape);
 
 }  // namespace fastgpt::gemm

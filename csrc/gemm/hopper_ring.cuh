@@ -19,6 +19,7 @@ struct HopperRing {
   static constexpr int kParts = kColumns / kHopperColumns;   // stages of x beside it
   static constexpr int kCodeBytes = kHopperN * kColumns * (kDense ? 4 : kInt4 ? 1 : 2) / 2;
   static constexpr int kTileBytes = kCodeBytes / (kHopperN / kTileN);  // 16 weight rows
+  static constexpr int kBlobs = kDense ? 0 : kColumns / blob_cols(kFormat);  // of these
   static constexpr int kScaleBytes = kInt4 ? kHopperN * 4 * 2 : 0;     // groups of 32
   static constexpr int kZeroBytes = kInt4 ? kHopperN * 4 : 0;
   static constexpr int kWeightBytes = kCodeBytes + kScaleBytes + kZeroBytes;
@@ -33,16 +34,17 @@ struct HopperRing {
   static constexpr int kOutStart = kWeightStart + (kWeightCount * kWeightBytes + 127) / 128 * 128;
   static constexpr int kOutBytes = kHopperN * 64 * 2;
   static constexpr int kSharedBytes = kOutStart + kOutBytes + 1024;  // and alignment to 1 KiB
-  /// Floats between rows of x in the sums of a split tile, which take the place of the rings.
-  static constexpr int kSumPitch = kHopperN + 4;
-  static_assert(kRows * kSumPitch * 4 <= kOutStart);
-  static_assert(kSharedBytes <= (227 << 10) - 1536);  // barriers and row offsets beside it
+  static_assert((kRows / 8 + 7) * 4096 <= kOutStart);  // sums of a split tile, see SplitSums
+  static_assert(kSharedBytes <= (227 << 10) - 1536);  // barriers and rows beside it
 
   struct Barriers {
     std::uint64_t weight_full[kWeightCount];
     std::uint64_t weight_empty[kWeightCount];
     std::uint64_t x_full[kXCount];
     std::uint64_t x_empty[kXCount];
+    std::uint64_t sums_free;  // split tiles: the rings of all CTAs have room for sums,
+    std::uint64_t sums_full;  // the sums of the others are here,
+    std::uint64_t sums_read;  // and stages may come again
   };
 };
 
@@ -82,7 +84,9 @@ class Divisor {
 struct HopperArgs {
   CUtensorMap x;        // boxes of kRows rows
   CUtensorMap x_share;  // of kRows / num_shares
-  CUtensorMap weight;   // dense
+  CUtensorMap weight;   // dense rows, or blobs of codes
+  CUtensorMap scale;    // int4
+  CUtensorMap zero_point;
   ProductArgs product;
   int row_tiles;
   int num_tiles;    // of all heads

@@ -16,48 +16,92 @@ __device__ inline int sum_column(int i, int lane, int warp) {
   return warp * 16 + lane / 4 + i / 2 % 2 * 8;
 }
 
-/// The CTAs of a cluster add up their sums of one tile; each one writes every size-th row.
-/// Every thread of the eight warps calls it; the copying warp meets it in two cluster_sync.
+/// The CTAs of a cluster add up their sums of one tile. Each one owns a share of the eights of its
+/// rows of x: a lane sends what it holds of the others' to the same lane of the owner, which adds
+/// them to its own in the order of their ranks. They take the place of the rings:
+/// [other rank][eight][thread] of 16 bytes.
 template <class Ring, int kRows>
-__device__ void store_split(const ProductArgs& p, const HopperTiles<kRows>& tiles,
-                            const HopperTile& tile, std::uint8_t* shared,
-                            const float (&sum)[kRows / 2], int warp, int lane) {
-  device::named_barrier<3>(256);  // both warp groups have left the rings
-  auto* sums = reinterpret_cast<float*>(shared);
-#pragma unroll
-  for (int i = 0; i < kRows / 2; ++i) {
-    sums[sum_row(i, lane) * Ring::kSumPitch + sum_column(i, lane, warp)] = sum[i];
-  }
-  device::cluster_sync();
-  const std::int64_t column = std::int64_t(tile.weight) * kHopperN + lane * 4;
-  for (int row = warp * tiles.size() + tiles.rank(); row < tile.rows.count;
-       row += 8 * tiles.size()) {
-    float total[4] = {};
-#pragma unroll 4
-    for (int rank = 0; rank < tiles.size(); ++rank) {
-      const float4 part =
-          device::load_cluster(sums + row * Ring::kSumPitch + lane * 4, unsigned(rank));
-      total[0] += part.x;
-      total[1] += part.y;
-      total[2] += part.z;
-      total[3] += part.w;
-    }
-    const std::int64_t offset = out_offset(p, tile.rows, row);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (column + j < p.n) store_product(p, offset, column + j, total[j]);
-    }
-  }
-  device::fence_async_proxy();
-  device::cluster_sync_relaxed();  // what was read has arrived
-}
+class SplitSums {
+ public:
+  __device__ SplitSums(typename Ring::Barriers& barriers, std::uint8_t* shared, int rank, int size,
+                       int warp, int lane)
+      : barriers_(barriers),
+        shared_(shared + (warp * 32 + lane) * 16),
+        rank_(rank),
+        size_(size),
+        warp_(warp),
+        lane_(lane) {}
 
-/// Add the bias, round once and store a whole tile. Values of 16 bits pass through `staged`, 64
-/// rows of out at a time, so that eight lanes write 128 bytes of a row; one warp group calls it.
+  /// Turn `sum` of the rows this CTA owns, first_row() .. end_row() - 1, into the sums of all; the
+  /// rest is void. Every thread of the eight warps calls it, its products done.
+  /// @param count rows of x in the tile
+  __device__ void add(float (&sum)[kRows / 2], int count) {
+    const int eights = (count + 7) / 8;
+    share_ = (eights + size_ - 1) / size_;
+    first_ = min(rank_ * share_, eights);
+    end_ = min(first_ + share_, eights);
+    __syncwarp();
+    if (lane_ < size_) device::barrier_arrive_at(&barriers_.sums_free, unsigned(lane_));
+    if (warp_ == 0 && lane_ == 0) {
+      device::barrier_expect(&barriers_.sums_full,
+                             unsigned((size_ - 1) * (end_ - first_) * kEightBytes));
+    }
+    device::barrier_wait(&barriers_.sums_free, parity_);
+    int owner = -1, next = 0;  // and the first eight behind the owner's
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      if (i >= eights) break;
+      if (i == next) {
+        ++owner;
+        next += share_;
+      }
+      if (owner == rank_) continue;
+      device::store_cluster(part(rank_ - (rank_ > owner), i - (next - share_)), &sum[4 * i],
+                            &barriers_.sums_full, unsigned(owner));
+    }
+    device::barrier_wait(&barriers_.sums_full, parity_);
+#pragma unroll 1
+    for (int other = 0; other < size_ - 1; ++other) {
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+        if (i < first_ || i >= end_) continue;
+        const float4 more = *reinterpret_cast<const float4*>(part(other, i - first_));
+        sum[4 * i] += more.x;
+        sum[4 * i + 1] += more.y;
+        sum[4 * i + 2] += more.z;
+        sum[4 * i + 3] += more.w;
+      }
+    }
+    device::fence_async_proxy();  // stages come to this place next
+    __syncwarp();
+    if (lane_ == 0) device::barrier_arrive(&barriers_.sums_read, 1);
+    parity_ ^= 1;
+  }
+
+  __device__ int first_row() const { return first_ * 8; }
+  __device__ int end_row() const { return end_ * 8; }
+
+ private:
+  static constexpr int kEightBytes = 256 * 16;  // eight rows of x by 128 of the weight
+
+  /// This thread's part of an eight of the owner's; `other` counts the ranks but the owner's.
+  __device__ std::uint8_t* part(int other, int eight) const {
+    return shared_ + (other * share_ + eight) * kEightBytes;
+  }
+
+  typename Ring::Barriers& barriers_;
+  std::uint8_t* shared_;
+  int rank_, size_, warp_, lane_;
+  int share_ = 0, first_ = 0, end_ = 0;  // eights
+  unsigned parity_ = 0;
+};
+
+/// Add the bias, round once and store rows `first` .. `end` - 1 of a tile. Values of 16 bits pass
+/// through `staged`, 64 rows of out at a time, so that eight lanes write 128 bytes of a row; one
+/// warp group calls it.
 template <class X, int kRows>
-__device__ void store_whole(const ProductArgs& p, const HopperTile& tile, std::uint8_t* staged,
-                            float (&sum)[kRows / 2], int warp, int lane) {
-  const int count = tile.rows.count;
+__device__ void store_rows(const ProductArgs& p, const HopperTile& tile, int first, int end,
+                           std::uint8_t* staged, float (&sum)[kRows / 2], int warp, int lane) {
   const std::int64_t n0 = std::int64_t(tile.weight) * kHopperN;
   if (p.bias != nullptr) {
     float bias[2] = {};
@@ -75,7 +119,7 @@ __device__ void store_whole(const ProductArgs& p, const HopperTile& tile, std::u
     for (int i = 0; i < kRows / 2; ++i) {
       const int row = sum_row(i, lane);
       const std::int64_t column = n0 + sum_column(i, lane, warp);
-      if (row < count && column < p.n) {
+      if (row >= first && row < end && column < p.n) {
         device::store_float(p.out, p.out_dtype, out_offset(p, tile.rows, row) + column, sum[i]);
       }
     }
@@ -87,7 +131,8 @@ __device__ void store_whole(const ProductArgs& p, const HopperTile& tile, std::u
   const std::int64_t columns = p.n - n0 - group * 64;
 #pragma unroll
   for (int pass = 0; pass < kRows / 64; ++pass) {
-    if (pass * 64 >= count) break;
+    if (pass * 64 + 64 <= first) continue;
+    if (pass * 64 >= end) break;
     // [64 rows][64 columns], the eight chunks of a row exchanged by its number.
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {  // twice eight rows by twice eight columns
@@ -108,7 +153,7 @@ __device__ void store_whole(const ProductArgs& p, const HopperTile& tile, std::u
       const int chunk = thread % 8;
       const uint4 values =
           *reinterpret_cast<const uint4*>(staged + row * 128 + (chunk ^ row % 8) * 16);
-      if (pass * 64 + row >= count) continue;
+      if (pass * 64 + row < first || pass * 64 + row >= end) continue;
       X* const to = out + out_offset(p, tile.rows, pass * 64 + row) + chunk * 8;
       if (chunk * 8 + 8 <= columns) {
         *reinterpret_cast<uint4*>(to) = values;

@@ -33,18 +33,22 @@ void set_weight(ProductArgs& args, const WeightView& weight, bool stacked) {
   if (weight.zero_point) args.zero_batch_bytes = weight.zero_point.stride(0);
 }
 
-/// Rows of x from which on the kernel for Hopper is taken where its code runs.
+/// Rows of x per weight from which on the kernel for Hopper is taken where its code runs.
 constexpr std::int64_t kHopperRows = 33;
 
 bool takes_hopper(const ProductArgs& p, WeightFormat format, int num_batches) {
-  if (format == WeightFormat::kInt8) return false;  // has no operands there yet
   if (format == WeightFormat::kDense && (!p.weight_aligned || p.weight_dtype != p.x_dtype)) {
     return false;
   }
-  // Rows of experts lie apart and heads are small: they stay with tiled.cuh. TMA refuses a stride
-  // of 0, a row that stands for many.
-  return p.sorted_rows == nullptr && num_batches == 1 && p.num_rows >= kHopperRows && p.k > 0 &&
-         p.x_aligned && p.x_stride > 0 && device::hopper_traits().has_wgmma;
+  const bool grouped = p.sorted_rows != nullptr;
+  const std::int64_t rows = grouped ? ceil_div(p.num_rows, std::max(p.num_experts, 1)) : p.num_rows;
+  if (rows < kHopperRows || p.k == 0 || !p.x_aligned || !device::hopper_traits().has_wgmma) {
+    return false;
+  }
+  // TMA refuses a stride of 0: a row or a head that stands for many. Rows of experts come one by
+  // one, but their weights do not.
+  if (grouped) return p.num_experts == 1 || p.weight_batch_bytes > 0;
+  return p.x_stride > 0 && (num_batches == 1 || (p.x_batch_stride > 0 && p.weight_batch_bytes > 0));
 }
 
 // Tensor cores multiply 16-bit x; what they cannot take goes to the CUDA cores.
@@ -66,10 +70,10 @@ void product(ProductArgs& args, WeightFormat format, int num_batches, cudaStream
         return hopper_int4_product(args, num_batches, traits, stream);
       case WeightFormat::kFp8:
         return hopper_fp8_product(args, num_batches, traits, stream);
+      case WeightFormat::kInt8:
+        return hopper_int8_product(args, num_batches, traits, stream);
       case WeightFormat::kDense:
         return hopper_dense_product(args, num_batches, traits, stream);
-      case WeightFormat::kInt8:
-        break;
     }
   }
   switch (format) {

@@ -22,6 +22,8 @@ void hopper_int4_product(const ProductArgs& args, int num_batches, const device:
                          cudaStream_t stream);
 void hopper_fp8_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
                         cudaStream_t stream);
+void hopper_int8_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
+                         cudaStream_t stream);
 void hopper_dense_product(const ProductArgs& args, int num_batches, const device::Traits& traits,
                           cudaStream_t stream);
 

@@ -1,6 +1,8 @@
 """CUDA products against float64 on shapes that reach every kernel; benchmarks/micro/gemm_cuda.py
 draws many more."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -79,7 +81,7 @@ def test_linear_cuda_matches_float64(
 
 @pytest.mark.parametrize("rows", [33, 127, 300])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("format", ["same", "fp8", "fp8_block", "int4_32_asym", "int4_128"])
+@pytest.mark.parametrize("format", ["same", "fp8", "fp8_block", "int8", "int4_32_asym", "int4_128"])
 def test_linear_cuda_takes_strided_rows_and_writes_column_slices(
     format: str, dtype: torch.dtype, rows: int
 ) -> None:
@@ -122,6 +124,58 @@ def test_linear_cuda_sums_groups_of_any_scale(rows: int) -> None:
     size = x.double().abs() @ values.abs().T
     error = (out.double() - x.double() @ values.T).abs()
     assert bool((error <= 2e-5 * size).all()), (error / size).nan_to_num().max().item()
+
+
+@pytest.mark.parametrize("tokens", [40, 190, 700])
+@pytest.mark.parametrize(
+    "format", ["bf16", "fp8", "fp8_block", "int8", "int4_32", "int4_64_asym", "int4_128"]
+)
+def test_grouped_linear_cuda_many_rows_match_float64(format: str, tokens: int) -> None:
+    """Experts of no, one, few and most rows: tiles of rows that lie apart."""
+    num_experts, top_k, n, k = 5, 2, 392, 456
+    dense = torch.randn(num_experts, n, k, device=DEVICE)
+    weights, values = zip(*(quantized(format, w) for w in dense), strict=True)
+    ids = torch.multinomial(
+        torch.tensor([0.6, 0.35, 0.05, 1e-9, 1e-9], device=DEVICE), tokens * top_k, True
+    )
+    ids[-1] = 4  # one row; expert 3 has none
+    sorted_rows = torch.argsort(ids, stable=True).int()
+    counts = torch.bincount(ids, minlength=num_experts)
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0))).int()
+    stack = dataclasses.replace(
+        weights[0],
+        num_weights=num_experts,
+        packed=torch.stack([w.packed for w in weights]),
+        scale=None if weights[0].scale is None else torch.stack([w.scale for w in weights]),
+        zero_point=None
+        if weights[0].zero_point is None
+        else torch.stack([w.zero_point for w in weights]),
+    )
+    x = torch.randn(tokens, k, device=DEVICE).bfloat16()
+    out = torch.full((tokens * top_k, n), float("nan"), device=DEVICE)
+    ops.grouped_linear(x, stack, sorted_rows, offsets, top_k, out=out)
+    rows = x.double().repeat_interleave(top_k, 0)
+    want, size = torch.empty_like(out, dtype=torch.float64), torch.empty_like(out).double()
+    for expert, value in enumerate(values):
+        mine = ids == expert
+        want[mine] = rows[mine] @ value.T
+        size[mine] = rows[mine].abs() @ value.abs().T
+    assert bool(((out.double() - want).abs() <= 2e-5 * size).all())
+
+
+@pytest.mark.parametrize("rows", [33, 130, 600])
+@pytest.mark.parametrize(("n", "k"), [(512, 128), (128, 512), (72, 200)])
+def test_batched_linear_cuda_many_rows_match_float64(n: int, k: int, rows: int) -> None:
+    """Heads whose rows and columns end within a tile, in slices of wider tensors."""
+    heads = 3
+    x = torch.randn(rows, heads, k + 8, device=DEVICE).bfloat16()[..., :k]
+    weight = torch.randn(heads, n, k, device=DEVICE).bfloat16()
+    wide = torch.full((rows, heads, n + 8), float("nan"), device=DEVICE)
+    out = ops.batched_linear(x, weight, out=wide[..., :n])
+    want = torch.einsum("rhk,hnk->rhn", x.double(), weight.double())
+    size = torch.einsum("rhk,hnk->rhn", x.double().abs(), weight.double().abs())
+    assert bool(((out.double() - want).abs() <= 2e-5 * size).all())
+    assert bool(wide[..., n:].isnan().all())
 
 
 def test_arrange_cuda_refuses_odd_group_sizes() -> None:
