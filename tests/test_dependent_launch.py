@@ -91,22 +91,21 @@ def test_products_wait_between_weights_and_activations() -> None:
 
 def test_products_of_many_rows_wait_before_activations() -> None:
     """The copying warp asks for weights, then waits; the others wait before anything else."""
-    text = code_of(CSRC / "gemm/hopper.cuh")
-    run = body_at(text, text.index("{", text.index("void run(const device::Dependent")))
-    experts, wait = "if constexpr (kGathered) dependent.wait()", "dependent.wait()"
-    ahead = run[: run.rindex(wait)]
-    assert run.count(wait) == 2
-    assert ahead.index(experts) < ahead.index("tiles.next(")
-    assert "fetch_weight(" in ahead
+    text = code_of(CSRC / "gemm/hopper_copies.cuh")
+    ahead = body_at(text, text.index("{", text.index("void run_ahead()")))
+    assert "fetch(" in ahead
     assert "copy_box" not in ahead
-    assert "fetch_x" not in ahead
-    fetch = body_at(text, text.index("{", text.index("void fetch_weight(")))
+    fetch = body_at(text, text.index("{", text.index("void fetch(")))
     for touched in ("args_.x", "p_.x", "p_.bias", "p_.out"):
         assert touched not in fetch, f"{touched} stands before the wait"
     kernel = next(b for n, _, b in KERNELS if n == "hopper_kernel")
+    before = kernel[: kernel.index("dependent.wait()")]
+    calls = re.findall(r"weights\.\w+|HopperRows<|Gather\(|sums\.run|split\.add|store_rows|tiles\.next", before)
+    assert calls == ["weights.run_ahead"]
+    assert "if constexpr (!kGathered) weights.run_ahead();" in before  # offsets are not constants
     roles = kernel[kernel.index("if (warp >= 8)") :]
-    assert re.match(r"if \(warp >= 8\) \{[^{}]*if \(warp > 8\) \{\s*dependent\.wait\(\);", roles)
-    assert re.search(r"take_registers<\d+>\(\);\s*dependent\.wait\(\);", roles)
+    for registers in ("give_back_registers", "take_registers"):
+        assert re.search(rf"{registers}<\d+>\(\);\s*dependent\.wait\(\);", roles)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")

@@ -135,6 +135,18 @@ __device__ inline void fence_async_proxy() {
 #endif
 }
 
+/// True in one lane of the warp, always the same; all lanes call it. Unlike a comparison of lane
+/// numbers it tells the compiler that what follows runs in one lane, or it writes a loop over lanes
+/// around every copy. PTX ISA 9.7.13.15, elect.sync.
+__device__ inline bool elect_lane() {
+  unsigned elected = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred elected; elect.sync _|elected, 0xFFFFFFFF; selp.u32 %0, 1, 0, elected;}"
+               : "=r"(elected));
+#endif
+  return elected != 0;
+}
+
 /// Barrier kBarrier of a CTA, 1 .. 15, among `threads` of its threads. PTX ISA 9.7.13.1.
 template <int kBarrier>
 __device__ inline void named_barrier(int threads) {
@@ -149,13 +161,28 @@ __device__ inline void named_barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-/// CTAs of this one's cluster, its rank among them, and a barrier among all their threads.
+/// CTAs of this one's cluster, its number and that of clusters, its rank, and a barrier among all
+/// threads of the cluster.
 __device__ inline unsigned cluster_size() {
   unsigned size = 1;
 #if __CUDA_ARCH__ >= 900
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
 #endif
   return size;
+}
+__device__ inline unsigned cluster_id() {
+  unsigned id = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%clusterid.x;" : "=r"(id));
+#endif
+  return id;
+}
+__device__ inline unsigned num_clusters() {
+  unsigned count = 1;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+#endif
+  return count;
 }
 __device__ inline unsigned cluster_rank() {
   unsigned rank = 0;
@@ -219,10 +246,10 @@ CUtensorMap tensor_map(const void* data, bool is_float16, const std::int64_t (&s
                        const std::int64_t (&strides)[4], int box_rows);
 
 /// Map of a tensor of 32-bit words [batches][tiles][blocks][words], copied in boxes of `box_tiles`
-/// tiles of `box_blocks` blocks, as they lie. Strides in bytes, multiples of 16 as is `data`;
-/// `words` is at most 256.
+/// tiles of `box_blocks` blocks, as they lie or, with 32 words, under 128-byte swizzling. Strides
+/// in bytes, multiples of 16 as is `data`.
 CUtensorMap word_map(const void* data, std::int64_t batches, std::int64_t tiles,
                      std::int64_t blocks, int words, std::int64_t batch_stride, int box_tiles,
-                     int box_blocks);
+                     int box_blocks, bool swizzled);
 
 }  // namespace fastgpt::device

@@ -39,10 +39,10 @@ CUtensorMap encode(const void* data, CUtensorMapDataType type, CUtensorMapSwizzl
     if (i > 0) step_bytes[i - 1] = sizes[i] == 1 ? 16 : cuuint64_t(strides[i - 1]);
   }
   CUtensorMap map{};
-  const CUresult status = encode_function()(
-      &map, type, kRank, const_cast<void*>(data), extents, step_bytes, boxes, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encode_function()(&map, type, kRank, const_cast<void*>(data), extents, step_bytes, boxes,
+                        steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     std::ostringstream shape;
     for (int i = 0; i < kRank; ++i) {
@@ -76,10 +76,10 @@ CUtensorMap tensor_map(const void* data, bool is_float16, const std::int64_t (&s
 
 CUtensorMap word_map(const void* data, std::int64_t batches, std::int64_t tiles,
                      std::int64_t blocks, int words, std::int64_t batch_stride, int box_tiles,
-                     int box_blocks) {
-  return encode<4>(data, CU_TENSOR_MAP_DATA_TYPE_UINT32, CU_TENSOR_MAP_SWIZZLE_NONE,
-                   {words, blocks, tiles, batches},
-                   {words * 4, blocks * words * 4, batch_stride},
+                     int box_blocks, bool swizzled) {
+  return encode<4>(data, CU_TENSOR_MAP_DATA_TYPE_UINT32,
+                   swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                   {words, blocks, tiles, batches}, {words * 4, blocks * words * 4, batch_stride},
                    {words, box_blocks, box_tiles, 1});
 }
 

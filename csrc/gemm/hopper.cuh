@@ -8,7 +8,7 @@
 //                x rows ─► 0 .. kRows - 1
 //     weight  0 ..  63     warps 0-3        a stage of x: 64 columns of all rows
 //            64 .. 127     warps 4-7        of the weight: 64 columns (dense) or 128 (packed)
-//     copies               warp 8, and for x of experts 9 and 10
+//     copies               warp 8, of x warp 9 (of experts 9 and 10)
 //
 // A cluster of CTAs works in rounds, whole tiles first, then split ones:
 //   whole  every CTA takes another weight tile of the same rows of x, fetches its share of x and
@@ -23,6 +23,7 @@
 #pragma once
 #include "device/dependent.cuh"
 #include "device/wgmma.cuh"
+#include "gemm/hopper_copies.cuh"
 #include "gemm/hopper_operands.cuh"
 #include "gemm/hopper_store.cuh"
 
@@ -30,175 +31,6 @@ namespace fastgpt::gemm {
 
 /// Three warp groups, because registers move from group to group.
 inline constexpr int kHopperThreads = 384;
-
-/// The copying warp: asks for every stage of the CTA's tiles as its slot becomes free.
-template <WeightFormat kFormat, int kRows, bool kGathered>
-class HopperCopies {
- public:
-  using Ring = HopperRing<kFormat, kRows>;
-
-  __device__ HopperCopies(const HopperArgs& args, typename Ring::Barriers& barriers,
-                          std::uint8_t* shared, int lane)
-      : args_(args), barriers_(barriers), shared_(shared), lane_(lane) {
-    if constexpr (Ring::kInt4) {
-      scale_bytes_ = kBlockCols / unsigned(args.product.group_size) * kHopperN * 2;
-      zero_bytes_ = args.product.zero_point != nullptr ? scale_bytes_ / 2 : 0;
-    }
-  }
-
-  /// @param dependent the kernel's: weights are asked for ahead of its wait, x behind it.
-  __device__ void run(const device::Dependent<HopperArgs>& dependent, HopperTiles<kRows> tiles) {
-    if (lane_ == 0) {
-      if (!kGathered) device::prefetch_map(args_.x);
-      device::prefetch_map(args_.weight);
-    }
-    if constexpr (kGathered) dependent.wait();  // other kernels chose the experts of rows
-    share_ = kRows / args_.num_shares * tiles.rank();
-    HopperTile tile;
-    bool more = tiles.next(tile);
-    int stage = tile.begin;  // the next one to ask for
-    if (more && lane_ == 0) {
-      begin(tile);
-      const int end = min(tile.end, tile.begin + Ring::kWeightCount);
-      for (; stage < end; ++stage) fetch_weight(stage);
-    }
-    dependent.wait();
-    unsigned sums_parity = 0;
-    while (more) {
-      if (lane_ == 0) {
-        for (int i = tile.begin; i < tile.end; ++i) {
-          if (i == stage) fetch_weight(stage++);
-          if constexpr (!kGathered) fetch_x(tile, i);
-        }
-      }
-      __syncwarp();
-      if (tile.is_split) {  // the rings hold sums now, and are free again
-        device::barrier_wait(&barriers_.sums_read, sums_parity);
-        sums_parity ^= 1;
-      }
-      more = tiles.next(tile);
-      if (more) begin(tile);
-      stage = tile.begin;
-    }
-  }
-
- private:
-  // One lane walks over the stages of a tile, a few hundred cycles each: what is the same for a
-  // tile is worked out here.
-  __device__ void begin(const HopperTile& tile) {
-    row_ = int(tile.rows.first);
-    batch_ = tile.rows.weight;
-    weight_row_ = tile.weight * kHopperN;
-  }
-
-  __device__ void fetch_weight(int stage) {
-    std::uint8_t* to = shared_ + Ring::kWeightStart + weight_.slot * Ring::kWeightBytes;
-    std::uint64_t* full = &barriers_.weight_full[weight_.slot];
-    device::barrier_wait(&barriers_.weight_empty[weight_.slot], weight_.parity ^ 1);
-    weight_.advance();
-    device::barrier_expect(full, Ring::kCodeBytes + scale_bytes_ + zero_bytes_);
-    if constexpr (Ring::kDense) {
-      device::copy_box(to, args_.weight, full, stage * Ring::kColumns, weight_row_, batch_);
-    } else {
-      const int tile = weight_row_ / kTileN;
-      device::copy_box(to, args_.weight, full, {0, stage * Ring::kBlobs, tile, batch_});
-      if constexpr (Ring::kInt4) {
-        to += Ring::kCodeBytes;
-        device::copy_box(to, args_.scale, full, {0, stage, tile, batch_});
-        to += Ring::kScaleBytes;
-        if (zero_bytes_ != 0) {
-          device::copy_box(to, args_.zero_point, full, {0, stage, tile, batch_});
-        }
-      }
-    }
-  }
-
-  /// x of a stage of the weight.
-  __device__ void fetch_x(const HopperTile& tile, int stage) {
-#pragma unroll
-    for (int part = 0; part < Ring::kParts; ++part) {
-      const int column = stage * Ring::kColumns + part * kHopperColumns;
-      std::uint8_t* to = shared_ + x_.slot * Ring::kXBytes;
-      std::uint64_t* full = &barriers_.x_full[x_.slot];
-      device::barrier_wait(&barriers_.x_empty[x_.slot], x_.parity ^ 1);
-      x_.advance();
-      device::barrier_expect(full, Ring::kXBytes);
-      if (tile.is_split || args_.num_shares == 1) {
-        device::copy_box(to, args_.x, full, column, row_, batch_);
-      } else {
-        device::copy_box_to(to + share_ * 128, args_.x_share, full, column, row_ + share_, batch_,
-                            (1U << args_.num_shares) - 1);
-      }
-    }
-  }
-
-  const HopperArgs& args_;
-  typename Ring::Barriers& barriers_;
-  std::uint8_t* shared_;
-  int lane_;
-  unsigned scale_bytes_ = 0, zero_bytes_ = 0;  // of a stage
-  int share_ = 0;                              // first row of this CTA's part of a shared x
-  int row_ = 0, batch_ = 0, weight_row_ = 0;
-  RingPlace<Ring::kWeightCount> weight_;
-  RingPlace<Ring::kXCount> x_;
-};
-
-/// Two more copying warps, for rows of experts: they lie apart, where TMA does not find them.
-/// Lane 8 i + j copies chunk j of every fourth row.
-template <WeightFormat kFormat, int kRows>
-class HopperGather {
- public:
-  using Ring = HopperRing<kFormat, kRows>;
-  static constexpr int kThreads = 64;
-
-  __device__ HopperGather(const ProductArgs& p, typename Ring::Barriers& barriers,
-                          std::uint8_t* shared, int (&x_rows)[kRows], int thread)
-      : p_(p), barriers_(barriers), shared_(shared), x_rows_(x_rows), thread_(thread) {}
-
-  __device__ void run(HopperTiles<kRows> tiles) {
-    constexpr int kStep = kThreads / 8;  // rows of x at once
-    const int first = thread_ / 8, chunk = thread_ % 8;
-    const int to = first * 128 + (chunk ^ first % 8) * 16;
-    HopperTile tile;
-    while (tiles.next(tile)) {
-      device::named_barrier<3>(kThreads);  // both warps have left the tile before
-      for (int row = thread_; row < kRows; row += kThreads) {
-        x_rows_[row] = row < tile.rows.count
-                           ? int(p_.sorted_rows[tile.rows.first + row] / p_.rows_per_token)
-                           : -1;
-      }
-      device::named_barrier<3>(kThreads);
-      const int num_parts = (tile.end - tile.begin) * Ring::kParts;
-      for (int part = 0; part < num_parts; ++part) {
-        const std::int64_t column = std::int64_t(part) * kHopperColumns + chunk * 8;
-        const int bytes = int(max(std::int64_t(0), min(std::int64_t(16), (p_.k - column) * 2)));
-        const auto* from = static_cast<const std::uint16_t*>(p_.x) + column;
-        std::uint8_t* stage = shared_ + x_.slot * Ring::kXBytes + to;
-        std::uint64_t* full = &barriers_.x_full[x_.slot];
-        device::barrier_wait(&barriers_.x_empty[x_.slot], x_.parity ^ 1);
-        x_.advance();
-#pragma unroll 8
-        for (int i = 0; i < kRows / kStep; ++i) {
-          const int row = x_rows_[first + i * kStep];
-          const bool valid = row >= 0 && bytes > 0;
-          device::copy_async_16(stage + i * kStep * 128,
-                                valid ? from + row * p_.x_stride
-                                      : static_cast<const std::uint16_t*>(p_.x),
-                                valid ? bytes : 0);
-        }
-        device::barrier_arrive_after_copies(full);
-      }
-    }
-  }
-
- private:
-  const ProductArgs& p_;
-  typename Ring::Barriers& barriers_;
-  std::uint8_t* shared_;
-  int (&x_rows_)[kRows];
-  int thread_;
-  RingPlace<Ring::kXCount> x_;
-};
 
 /// One of eight multiplying warps: adds up the stages of a tile.
 template <WeightFormat kFormat, class X, int kRows, Scales kScales, bool kGathered>
@@ -426,37 +258,36 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const int warp = __shfl_sync(~0U, int(threadIdx.x) / 32, 0);  // the same register in all lanes
   HopperTiles<kRows> tiles(args, int(ceil_div(args.product.k, Ring::kColumns)));
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Ring::kWeightCount; ++i) {
-      device::barrier_init(&barriers.weight_full[i], 1);
-      device::barrier_init(&barriers.weight_empty[i], Ring::kDense ? 2 : 8);  // groups, or warps
+  // The first weights are on their way before the others are ready.
+  HopperWeights<kFormat, kRows> weights(args, barriers, shared, tiles);
+  if (warp == 8) {
+    if (lane == 0) {
+      barriers.init(kGathered ? Gather::kThreads : 1, unsigned(args.num_shares),
+                    unsigned(tiles.size()));
     }
-    for (int i = 0; i < Ring::kXCount; ++i) {
-      device::barrier_init(&barriers.x_full[i], kGathered ? Gather::kThreads : 1);
-      device::barrier_init(&barriers.x_empty[i], unsigned(2 * args.num_shares));
-    }
-    device::barrier_init(&barriers.sums_free, unsigned(8 * tiles.size()));  // warps
-    device::barrier_init(&barriers.sums_full, 1);
-    device::barrier_init(&barriers.sums_read, 8);
-    device::barrier_init_fence();
+    __syncwarp();
+    if constexpr (!kGathered) weights.run_ahead();
+  } else if (warp == 9 && !kGathered && lane == 0) {
+    device::prefetch_map(args.x);
   }
+  __syncwarp();
   tiles.size() > 1 ? device::cluster_sync_relaxed() : __syncthreads();
 
   if (warp >= 8) {
     device::give_back_registers<56>();
-    if (warp > 8) {
-      dependent.wait();
-      if constexpr (kGathered) {
-        __shared__ int x_rows[kRows];
-        const int thread = int(threadIdx.x) - 9 * 32;
-        if (thread < Gather::kThreads) {
-          Gather(args.product, barriers, shared, x_rows, thread).run(tiles);
-        }
+    dependent.wait();
+    if (warp == 8) {
+      if constexpr (kGathered) weights.run_ahead();  // other kernels choose the experts of rows
+      weights.run();
+    } else if constexpr (kGathered) {
+      __shared__ __align__(16) typename Gather::XRows x_rows;
+      const int thread = int(threadIdx.x) - 9 * 32;
+      if (thread < Gather::kThreads) {
+        Gather(args.product, barriers, shared, x_rows, thread).run(tiles);
       }
-      return;  // a barrier of the cluster counts those who are left
+    } else if (warp == 9) {
+      HopperRows<kFormat, kRows>(args, barriers, shared).run(tiles);
     }
-    HopperCopies<kFormat, kRows, kGathered> copies(args, barriers, shared, lane);
-    copies.run(dependent, tiles);
   } else {
     device::take_registers<224>();
     dependent.wait();

@@ -24,17 +24,18 @@ void launch_hopper_kernel(const ProductArgs& p, int num_batches, const HopperPla
     args.weight = device::tensor_map(p.packed, kFloat16, num_weights, p.n, p.k,
                                      p.weight_batch_bytes, p.weight_row_bytes, kHopperN);
   } else {
-    const auto map = [&](const void* data, std::int64_t batch_bytes, int words, int blocks) {
+    const auto map = [&](const void* data, std::int64_t batch_bytes, int words, int blocks,
+                         bool swizzled) {
       return device::word_map(data, num_weights, ceil_div(p.n, kTileN),
                               ceil_div(p.k, kBlockCols) * blocks, words, batch_bytes,
-                              kHopperN / kTileN, blocks);
+                              kHopperN / kTileN, blocks, swizzled);
     };
-    args.weight = map(p.packed, p.weight_batch_bytes, kBlobBytes / 4, Ring::kBlobs);
+    args.weight = map(p.packed, p.weight_batch_bytes, 32, Ring::kLines, true);
     if constexpr (kFormat == WeightFormat::kInt4) {
       const int groups = kBlockCols / p.group_size;
-      args.scale = map(p.scale, p.scale_batch_bytes, groups * kTileN * 2 / 4, 1);
+      args.scale = map(p.scale, p.scale_batch_bytes, groups * kTileN * 2 / 4, 1, false);
       if (p.zero_point != nullptr) {
-        args.zero_point = map(p.zero_point, p.zero_batch_bytes, groups * kTileN / 4, 1);
+        args.zero_point = map(p.zero_point, p.zero_batch_bytes, groups * kTileN / 4, 1, false);
       }
     }
   }
@@ -45,6 +46,7 @@ void launch_hopper_kernel(const ProductArgs& p, int num_batches, const HopperPla
   args.per_batch = Divisor(unsigned(plan.weight_tiles * plan.row_tiles));
   args.per_band = Divisor(unsigned(plan.weight_tiles * kHopperBand));
   args.shares = Divisor(unsigned(plan.num_shares));
+  args.per_cluster = Divisor(unsigned(plan.cluster));
   args.rows_of_band[0] = Divisor(kHopperBand);
   args.rows_of_band[1] = Divisor(unsigned(std::max(plan.row_tiles % kHopperBand, 1)));
   const auto kernel = hopper_kernel<kFormat, X, kRows, kScales, kGathered>;
@@ -84,9 +86,8 @@ void launch_hopper(const ProductArgs& p, int num_batches, const device::Traits& 
                    cudaStream_t stream) {
   constexpr int kBits = 8 * kBlobBytes / (kTileN * blob_cols(kFormat));
   const std::int64_t num_experts = p.sorted_rows != nullptr ? std::max(p.num_experts, 1) : 0;
-  const HopperPlan plan =
-      best_hopper_plan({p.num_rows, p.n, p.k, num_batches, num_experts, kBits, traits.num_sms,
-                        device::hopper_traits().max_clusters});
+  const HopperPlan plan = best_hopper_plan({p.num_rows, p.n, p.k, num_batches, num_experts, kBits,
+                                            traits.num_sms, device::hopper_traits().max_clusters});
   if constexpr (kFormat == WeightFormat::kDense || kFormat == WeightFormat::kInt8) {
     launch_hopper_scales<kFormat, X, Scales::kRow>(p, num_batches, plan, stream);
   } else if constexpr (kFormat == WeightFormat::kFp8) {

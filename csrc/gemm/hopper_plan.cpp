@@ -2,17 +2,37 @@
 
 #include <algorithm>
 
+#include "gemm/layout.cuh"
+
 namespace fastgpt::gemm {
+namespace {
+
+// What a stage of 64 columns costs each of `active` SMs, in cycles. These constants and those
+// below fit an H100's times of 224 products in up to 24 plans each (benchmarks/NOTES.md).
+double stage_cycles(const HopperShape& s, const HopperPlan& plan, int active, int sharing) {
+  const double weight_bytes = 128.0 * 64 * s.bits / 8;
+  const double x_bytes = plan.rows * 128.0;
+  const double tensor = 5.6 * plan.rows;
+  // Codes become operands, in a chain that few products hide.
+  const double operands = s.bits == 16  ? 0.0
+                          : s.bits == 8 ? 500.0 + 3.6 * plan.rows
+                                        : 560.0 + 3.9 * plan.rows;
+  const double arrival = (weight_bytes + x_bytes) / 41.0;
+  const double l2 = (weight_bytes + x_bytes / sharing) * active / (s.num_sms * 38.0);
+  const double memory = plan.row_tiles == 1 ? weight_bytes * active / (s.num_sms * 15.7) : 0.0;
+  return std::max({tensor, operands, arrival, l2, memory});
+}
+
+}  // namespace
 
 HopperPlan hopper_plan(const HopperShape& s, int rows, int cluster) {
-  const auto ceil = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   HopperPlan plan;
   plan.rows = rows;
   plan.cluster = cluster;
   const bool shares = (cluster == 2 || cluster == 4) && rows / cluster % 8 == 0;
   plan.num_shares = shares ? cluster : 1;
-  plan.weight_tiles = int(ceil(ceil(s.n, 128), plan.num_shares) * plan.num_shares);
-  plan.row_tiles = int(ceil(s.num_rows, rows));
+  plan.weight_tiles = int(ceil_div(ceil_div(s.n, 128), plan.num_shares) * plan.num_shares);
+  plan.row_tiles = int(ceil_div(s.num_rows, rows));
   std::int64_t empty_tiles = 0;
   if (s.num_experts > 0) {  // row_tile's bound; a last tile of half its rows each is likely
     const std::int64_t experts = std::min(s.num_experts, s.num_rows);
@@ -21,37 +41,31 @@ HopperPlan hopper_plan(const HopperShape& s, int rows, int cluster) {
   }
   plan.num_tiles = int(plan.weight_tiles * plan.row_tiles * s.num_batches);
   const int most = s.max_clusters[cluster];
-  const int stages = int(ceil(s.k, 64));
+  const int stages = int(ceil_div(s.k, 64));
 
   // Whole rounds of all CTAs; what is left is split where that takes less than one more round.
   const int used_tiles = int(plan.num_tiles - empty_tiles);
   const int whole_rounds = used_tiles / (most * cluster);
   const int left = used_tiles - whole_rounds * most * cluster;
-  const int split_rounds = int(ceil(left, most));
+  const int split_rounds = int(ceil_div(left, most));
   const bool split = left > 0 && cluster > 1 && split_rounds < cluster && stages >= 2 * cluster;
   plan.whole_tiles = split ? plan.num_tiles - left : plan.num_tiles;
   plan.num_clusters = std::min(most, std::max(plan.whole_tiles / cluster, split ? left : 0));
-  if (!split) plan.num_clusters = std::min<int>(most, int(ceil(plan.num_tiles, cluster)));
+  if (!split) plan.num_clusters = std::min<int>(most, int(ceil_div(plan.num_tiles, cluster)));
 
-  // Cycles of a stage of 64 columns on each of `active` SMs. The constants fit an H100's times.
-  const auto stage_cycles = [&](int active, int sharing) {
-    const double weight_bytes = 128.0 * 64 * s.bits / 8;
-    const double tensor = 4.4 * rows;
-    const double issue = s.bits < 16 ? 400.0 + 3.0 * rows : 0.0;  // codes become operands
-    const double l2 = (weight_bytes + rows * 128.0 / sharing) * active / (s.num_sms * 38.0);
-    const double memory = plan.row_tiles == 1 ? weight_bytes * active / (s.num_sms * 16.0) : 0.0;
-    const double alone = weight_bytes / 25.0;
-    return std::max({tensor, issue, l2, memory, alone});
-  };
+  plan.cycles = cluster > 1 ? 2100.0 : 0.0;  // CTAs of a cluster meet
   const int rounds = whole_rounds + (left > 0 && !split ? 1 : 0);
   if (rounds > 0) {
     const int active = std::min(used_tiles, most * cluster);
-    plan.cycles += rounds * (stages * stage_cycles(active, plan.num_shares) + 800.0);
+    const double stage = stage_cycles(s, plan, active, plan.num_shares);
+    plan.cycles += rounds * (stages * stage + 670.0 + 3.9 * rows);
   }
   if (split) {
     const int active = std::min(left, most) * cluster;
-    plan.cycles +=
-        split_rounds * (double(stages) / cluster * stage_cycles(active, 1) + 3000.0 + 10.0 * rows);
+    const double stage = stage_cycles(s, plan, active, 1);
+    const double sent = double(cluster - 1) / cluster;  // of the sums
+    plan.cycles += split_rounds * (double(stages) / cluster * stage + 2300.0 + 23.0 * rows * sent +
+                                   320.0 * cluster);
   }
   return plan;
 }

@@ -18,11 +18,12 @@ struct HopperRing {
   static constexpr int kColumns = kDense ? 64 : kBlockCols;  // of a stage of the weight
   static constexpr int kParts = kColumns / kHopperColumns;   // stages of x beside it
   static constexpr int kCodeBytes = kHopperN * kColumns * (kDense ? 4 : kInt4 ? 1 : 2) / 2;
-  static constexpr int kTileBytes = kCodeBytes / (kHopperN / kTileN);  // 16 weight rows
+  static constexpr int kTileBytes = kCodeBytes / (kHopperN / kTileN);        // 16 weight rows
   static constexpr int kBlobs = kDense ? 0 : kColumns / blob_cols(kFormat);  // of these
-  static constexpr int kScaleBytes = kInt4 ? kHopperN * 4 * 2 : 0;     // groups of 32
+  static constexpr int kLines = kBlobs * kBlobBytes / 128;
+  static constexpr int kScaleBytes = kInt4 ? kHopperN * 4 * 2 : 0;  // groups of 32
   static constexpr int kZeroBytes = kInt4 ? kHopperN * 4 : 0;
-  static constexpr int kWeightBytes = kCodeBytes + kScaleBytes + kZeroBytes;
+  static constexpr int kWeightBytes = (kCodeBytes + kScaleBytes + kZeroBytes + 1023) / 1024 * 1024;
   static constexpr int kXBytes = kRows * kHopperColumns * 2;
 
   static constexpr int kBytes = 208 << 10;  // for both rings
@@ -31,11 +32,11 @@ struct HopperRing {
   static constexpr int kXMost = (kBytes - kWeightCount * kWeightBytes) / kXBytes;
   static constexpr int kXCount = kDense ? kWeightCount : kXMost < 16 ? kXMost : 16;
   static constexpr int kWeightStart = kXCount * kXBytes;
-  static constexpr int kOutStart = kWeightStart + (kWeightCount * kWeightBytes + 127) / 128 * 128;
+  static constexpr int kOutStart = kWeightStart + kWeightCount * kWeightBytes;
   static constexpr int kOutBytes = kHopperN * 64 * 2;
   static constexpr int kSharedBytes = kOutStart + kOutBytes + 1024;  // and alignment to 1 KiB
   static_assert((kRows / 8 + 7) * 4096 <= kOutStart);  // sums of a split tile, see SplitSums
-  static_assert(kSharedBytes <= (227 << 10) - 1536);  // barriers and rows beside it
+  static_assert(kSharedBytes <= (227 << 10) - 1536);   // barriers and rows beside it
 
   struct Barriers {
     std::uint64_t weight_full[kWeightCount];
@@ -45,6 +46,26 @@ struct HopperRing {
     std::uint64_t sums_free;  // split tiles: the rings of all CTAs have room for sums,
     std::uint64_t sums_full;  // the sums of the others are here,
     std::uint64_t sums_read;  // and stages may come again
+
+    /// One thread calls it, which may start copies next; the others meet it afterwards.
+    /// @param x_writers arrivals that complete a stage of x, beside its bytes
+    /// @param shares CTAs that share x
+    /// @param size CTAs of the cluster
+    __device__ void init(unsigned x_writers, unsigned shares, unsigned size) {
+      for (int i = 0; i < kWeightCount; ++i) {
+        device::barrier_init(&weight_full[i], 1);
+        device::barrier_init(&weight_empty[i], kDense ? 2 : 8);  // groups, or warps
+      }
+      for (int i = 0; i < kXCount; ++i) {
+        device::barrier_init(&x_full[i], x_writers);
+        device::barrier_init(&x_empty[i], 2 * shares);
+      }
+      device::barrier_init(&sums_free, 8 * size);  // warps
+      device::barrier_init(&sums_full, 1);
+      device::barrier_init(&sums_read, 8);
+      device::barrier_init_fence();
+      device::fence_async_proxy();
+    }
   };
 };
 
@@ -92,7 +113,7 @@ struct HopperArgs {
   int num_tiles;    // of all heads
   int whole_tiles;  // of these, the first ones; the others are split
   int num_shares;   // CTAs that share x in whole rounds: the cluster, or 1
-  Divisor per_batch, per_band, shares;
+  Divisor per_batch, per_band, shares, per_cluster;
   Divisor rows_of_band[2];  // of a whole band and of the last one, if shorter
 };
 
@@ -114,9 +135,13 @@ class HopperTiles {
         num_stages_(num_stages),
         rank_(int(device::cluster_rank())),
         size_(int(device::cluster_size())),
-        num_clusters_(int(gridDim.x) / size_),
-        next_whole_(int(blockIdx.x) / size_),
-        next_split_(next_whole_) {}
+        num_clusters_(int(device::num_clusters())),
+        next_whole_(int(device::cluster_id())),
+        next_split_(next_whole_) {
+    int rest = 0;
+    split_begin_ = args.per_cluster.divide(num_stages * rank_, rest);
+    split_end_ = args.per_cluster.divide(num_stages * (rank_ + 1), rest);
+  }
 
   /// A whole warp calls it. Every CTA of a cluster that shares x or sums gets the same number of
   /// tiles of each kind.
@@ -131,8 +156,8 @@ class HopperTiles {
       } else {
         index = args_.whole_tiles + next_split_;
         if (index >= args_.num_tiles) return false;
-        tile.begin = num_stages_ * rank_ / size_;
-        tile.end = num_stages_ * (rank_ + 1) / size_;
+        tile.begin = split_begin_;
+        tile.end = split_end_;
         next_split_ += num_clusters_;
       }
       // Bands of row tiles; in a band all row tiles of the same weight tiles before the next ones.
@@ -157,6 +182,8 @@ class HopperTiles {
   int rank_;
   int size_;
   int num_clusters_;
+  int split_begin_;  // stages of this CTA of a split tile
+  int split_end_;
   int next_whole_;
   int next_split_;
 };

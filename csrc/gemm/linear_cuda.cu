@@ -47,7 +47,7 @@ bool takes_hopper(const ProductArgs& p, WeightFormat format, int num_batches) {
   }
   // TMA refuses a stride of 0: a row or a head that stands for many. Rows of experts come one by
   // one, but their weights do not.
-  if (grouped) return p.num_experts == 1 || p.weight_batch_bytes > 0;
+  if (grouped) return (p.num_experts == 1 || p.weight_batch_bytes > 0) && p.x_stride < (1LL << 31);
   return p.x_stride > 0 && (num_batches == 1 || (p.x_batch_stride > 0 && p.weight_batch_bytes > 0));
 }
 

@@ -8,8 +8,8 @@
 namespace fastgpt::gemm {
 namespace {
 
-// An H100's 132 SMs: clusters of 4 and 8 leave some idle.
-constexpr int kMaxClusters[9] = {0, 132, 66, 44, 32, 26, 20, 16, 15};
+// An H100: clusters of 4 and more leave some of its SMs idle.
+constexpr int kMaxClusters[9] = {0, 132, 66, 39, 30, 22, 17, 15, 15};
 
 HopperShape shape(std::int64_t rows, std::int64_t n, std::int64_t k, int bits = 16) {
   return {rows, n, k, 1, 0, bits, 132, kMaxClusters};
