@@ -100,7 +100,9 @@ def test_products_of_many_rows_wait_before_activations() -> None:
         assert touched not in fetch, f"{touched} stands before the wait"
     kernel = next(b for n, _, b in KERNELS if n == "hopper_kernel")
     before = kernel[: kernel.index("dependent.wait()")]
-    calls = re.findall(r"weights\.\w+|HopperRows<|Gather\(|sums\.run|split\.add|store_rows|tiles\.next", before)
+    calls = re.findall(
+        r"weights\.\w+|HopperRows<|Gather\(|sums\.run|split\.add|store_rows|tiles\.next", before
+    )
     assert calls == ["weights.run_ahead"]
     assert "if constexpr (!kGathered) weights.run_ahead();" in before  # offsets are not constants
     roles = kernel[kernel.index("if (warp >= 8)") :]
