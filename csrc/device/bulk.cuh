@@ -191,13 +191,7 @@ __device__ inline unsigned cluster_rank() {
 #endif
   return rank;
 }
-__device__ inline void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
-#endif
-}
-/// The same without the order of memory, which costs about a microsecond.
+/// Orders no memory: that would cost about a microsecond.
 __device__ inline void cluster_sync_relaxed() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;" ::

@@ -2,8 +2,8 @@
 //
 // One CTA owns 128 weight rows and kRows rows of x, and computes out^T = weight x^T: the weight is
 // the first operand of the product, so that quantized codes can become operands in registers, and
-// rows of x come in any multiple of 64. Two warp groups own 64 weight rows each; a ninth warp asks
-// for the stages ahead of them:
+// rows of x come in any multiple of 64. Two warp groups own 64 weight rows each; two more warps
+// ask for the stages ahead of them:
 //
 //                x rows ─► 0 .. kRows - 1
 //     weight  0 ..  63     warps 0-3        a stage of x: 64 columns of all rows
