@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import ops
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.layers.weights import Source
 from fastgpt.memory import GPTMemoryPool
@@ -93,6 +94,7 @@ class Evaluation:
         source = self._states(read, torch.float32)
         rounded = self._states(read, torch.bfloat16)
         stored: list[HiddenStates] = []
+        activations: set[str] = set()
         for index, run in itertools.groupby(tensors, lambda item: layer_index(item[0])):
             if index is None or index >= self._config.num_layers:
                 for name, tensor in run:
@@ -103,6 +105,8 @@ class Evaluation:
             layer: dict[str, Stored] = {}
             for name, tensor in run:
                 layer[name] = tensor
+                if isinstance(tensor, QuantizedTensor) and tensor.format.activations != "16bit":
+                    activations.add(tensor.format.activations)
                 yield name, tensor
             stored = stored or [self._states(read_rest, dtype) for dtype in self._dtypes]
             source.advance(index, read)
@@ -116,6 +120,11 @@ class Evaluation:
             source.logits(read), rounded.logits(read), stored[0].logits(read_rest)
         )
         self.figures["arithmetic"] = f"{_name(stored[0].dtype)} on {self._device.type}"
+        if activations:
+            fewest = ops.fewest_eight_bit_rows(self._device)
+            self.figures["arithmetic"] += (
+                f", {' and '.join(sorted(activations))} activations from {fewest} rows on"
+            )
 
     def _states(self, read: Source, dtype: torch.dtype) -> HiddenStates:
         return HiddenStates(
