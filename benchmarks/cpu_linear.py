@@ -2,7 +2,7 @@
 
 Times fastgpt.ops.linear over every weight of one r1-qwen-1.5b decode step (28 layers and the head),
 streamed from memory as a step does, and a prefill of 256 tokens, against a streaming read measured
-in the same run and against eager torch.
+in the same run and against eager torch. "int8 x int8" are rows quantized on the fly.
 
     python benchmarks/cpu_linear.py [--repeat 7] [--layers 28] [--skip-torch]
     FASTGPT_NUM_THREADS=1 python benchmarks/cpu_linear.py --cpu-clock      # on a busy machine
@@ -89,18 +89,23 @@ def step(layers: Layers, head: ops.ArrangedWeight, inputs: dict[int, torch.Tenso
     ops.linear(inputs[HIDDEN][-1:], head, dtype=torch.float32)
 
 
-def compare_with_torch(repeat: int) -> dict[str, object]:
+def multiply_codes(x: torch.Tensor, weight: ops.ArrangedWeight) -> torch.Tensor:
+    return ops.linear_eight_bit(ops.quantize_rows(x, format="int8"), weight)
+
+
+def compare_with_torch(repeat: int, row_counts: list[int]) -> dict[str, object]:
     """Print and return our time and eager torch's bfloat16 one for each shape and format."""
     report: dict[str, object] = {}
     print("shape format, rows: ours / eager torch bf16, ms")
     for name, (n, k) in SHAPES.items():
         dense = [torch.randn(n, k).bfloat16() for _ in range(4)]
-        for form in ("bf16", "fp16", "fp8", "int8", "int4"):
-            copies = [random_weight(n, k, form) for _ in range(4)]
-            for rows in (1, 16, 256):
+        for form in ("bf16", "fp16", "fp8", "int8", "int8 x int8", "int4"):
+            copies = [random_weight(n, k, form.split()[0]) for _ in range(4)]
+            op = multiply_codes if form == "int8 x int8" else ops.linear
+            for rows in row_counts:
                 x = torch.randn(rows, k).bfloat16()
-                count = 3 if rows == 256 else 2 * repeat
-                ours = min(times(partial(products, ops.linear, x, copies), count)) / 4
+                count = 3 if rows >= 256 else 2 * repeat
+                ours = min(times(partial(products, op, x, copies), count)) / 4
                 peer = min(times(partial(products, F.linear, x, dense), count)) / 4
                 print(f"  {name} {form}, {rows}: {1e3 * ours:.2f} / {1e3 * peer:.2f}", flush=True)
                 report[f"{name} {form} {rows}"] = {"ours_s": ours, "torch_bf16_s": peer}
@@ -116,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 16, 256], help="beside torch")
     parser.add_argument("--skip-torch", action="store_true", help="no comparison with torch")
     parser.add_argument("--cpu-clock", action="store_true", help="time of the calling thread alone")
     args = parser.parse_args()
@@ -155,7 +161,7 @@ def main() -> None:
             report[f"{policy} {tokens}"] = tokens / best
         del layers, head
     if not args.skip_torch:
-        report |= compare_with_torch(args.repeat)
+        report |= compare_with_torch(args.repeat, args.rows)
     print(json.dumps(report))
 
 

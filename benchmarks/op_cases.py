@@ -236,6 +236,22 @@ def _dequantize(format: str) -> None:
         ops.dequantize_binary(*ops.quantize_binary(_rand(HIDDEN)), numel=HIDDEN)
 
 
+def _linear_eight_bit(format: str) -> None:
+    """All kinds of scales; one tile, and whole and split ones."""
+    for num_rows, n, k in ((5, 41, 72), (200, 300, 640)):
+        x, weight = _rand(num_rows, k), _rand(n, k)
+        for per_group in (False, True) if format == "fp8" else (False,):
+            rows = ops.quantize_rows(x, format=format, per_group=per_group)
+            parts = (
+                ops.quantize_int8(weight)
+                if format == "int8"
+                else ops.quantize_fp8(weight, per_block=per_group)
+            )
+            arranged = ops.arrange(*parts, format=format)
+            if ops.has_eight_bit_product(format, _device) or _device.type == "cpu":
+                ops.linear_eight_bit(rows, arranged, _rand(n))
+
+
 def _gptq_round() -> None:
     left, scale = _rand(37, ROWS, dtype=torch.float32), torch.full((37, ROWS), 0.1, device=_device)
     ops.gptq_round(left, scale, torch.full_like(scale, 8), torch.eye(37, device=_device), 15)
@@ -258,7 +274,9 @@ CASES: dict[str, Callable[[], object]] = {
     "grouped_linear_int8": lambda: _grouped_linear("int8"),
     "linear": lambda: _linear("bf16"),
     "linear_fp8": lambda: _linear("fp8"),
+    "linear_fp8_fp8": lambda: _linear_eight_bit("fp8"),
     "linear_int4": lambda: _linear("int4"),
+    "linear_int8_int8": lambda: _linear_eight_bit("int8"),
     "linear_int8": lambda: _linear("int8"),
     "mla_attention": _mla_attention,
     "moe_combine": lambda: ops.moe_combine(
@@ -271,6 +289,7 @@ CASES: dict[str, Callable[[], object]] = {
     "quantize_fp8": lambda: _dequantize("fp8"),
     "quantize_int4": lambda: _dequantize("int4"),
     "quantize_int8": lambda: _dequantize("int8"),
+    "quantize_rows": lambda: _linear_eight_bit("fp8"),
     "record_tokens": _record_tokens,
     "rms_norm": lambda: ops.rms_norm(_rand(NUM_TOKENS, 5, HIDDEN), _rand(HIDDEN), 1e-6),
     "rotary": _rotary,

@@ -28,6 +28,7 @@ __all__ = [
     "ALGORITHMS",
     "AVAILABLE_FORMATS",
     "BLOCK",
+    "EIGHT_BIT",
     "PLAIN_DTYPES",
     "Format",
     "PartSpec",
@@ -42,6 +43,7 @@ AVAILABLE_FORMATS = (*PLAIN_DTYPES, "fp8", "int8", "int4", "int3", "int2", "bina
 # Of integer formats with groups; the first is the default.
 ALGORITHMS = ("auto", "rtn", "clip", "gptq")
 
+EIGHT_BIT = ("fp8", "int8")  # formats whose products can have activations of the same format
 BLOCK = 128  # rows and columns of one fp8 block scale
 _GROUP_BITS = {"int4": 4, "int3": 3, "int2": 2}
 # Fewer bits repay smaller groups, so the default shrinks with them; the first is the default.
@@ -91,6 +93,10 @@ class Format:
         symmetric: integers without zero points; always True for other formats.
         scale: fp8: "channel" (one fp32 per output row) or "block" (one per 128 x 128); int8:
             "channel"; else None.
+        activations: what the weight is multiplied with: "16bit" (activations as they are), or, of
+            fp8 "fp8" and of int8 "int8": many rows are rounded to such codes first, with a scale a
+            row, or with "block" scales one a row and 128 columns. "auto" is that where the device
+            gains from it; nothing stored says "auto".
         algorithm: how codes are found, which reading them does not need, so formats that differ in
             it alone are equal. Integers: "auto" (the best of the others by output error on held-out
             data), "rtn" (round-to-nearest), "clip" (scales of least error) or "gptq"; binary:
@@ -102,6 +108,7 @@ class Format:
     group_size: int | None = None
     symmetric: bool = True
     scale: str | None = None
+    activations: str = "16bit"
     algorithm: str | None = field(default=None, compare=False)
 
     @staticmethod
@@ -164,6 +171,8 @@ class Format:
             out["symmetric"] = self.symmetric
         if self.scale is not None:
             out["scale"] = self.scale
+        if self.activations != "16bit":
+            out["activations"] = self.activations
         if self.algorithm is not None:
             out["algorithm"] = self.algorithm
         return out
@@ -177,6 +186,8 @@ class Format:
             text += " 128x128"
         elif self.algorithm == "naive":
             text += " naive"
+        if self.activations != "16bit":
+            text += f" ({self.activations} activations)"
         return text
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, PartSpec]:
@@ -352,6 +363,8 @@ def _with_options(name: str, options: dict[str, Any], where: str) -> Format:
         }
     elif name == "binary":
         defaults = {"group_size": (_BINARY_GROUP_SIZE,), "algorithm": ("two_level", "naive")}
+    if name in EIGHT_BIT:
+        defaults["activations"] = ("16bit", name, "auto")
     for key, chosen in options.items():
         if key not in defaults:
             hint = suggest(key, defaults)

@@ -49,7 +49,7 @@ def kernels() -> list[tuple[str, str, str]]:
 
 KERNELS = kernels()
 # Of csrc/gemm: they ask for weights, then wait.
-READS_AHEAD = {"decode_kernel", "hopper_kernel", "tiled_kernel"}
+READS_AHEAD = {"decode_kernel", "eight_bit_kernel", "hopper_kernel", "tiled_kernel"}
 
 
 def test_every_family_is_seen() -> None:
@@ -107,6 +107,23 @@ def test_products_of_many_rows_wait_before_activations() -> None:
     )
     assert calls == ["weights.run_ahead"]
     assert "if constexpr (!kGathered) weights.run_ahead();" in before  # offsets are not constants
+    roles = kernel[kernel.index("if (warp >= 8)") :]
+    for registers in ("give_back_registers", "take_registers"):
+        assert re.search(rf"{registers}<\d+>\(\);\s*dependent\.wait\(\);", roles)
+
+
+def test_products_of_eight_bit_rows_wait_before_activations() -> None:
+    """As those of 16-bit rows: nothing but weights is asked for ahead of the wait."""
+    text = code_of(CSRC / "gemm/hopper_eight_bit.cuh")
+    run = body_at(text, text.index("{", text.index("void run(const device::Dependent")))
+    ahead = run[: run.index("dependent.wait()")]
+    assert run.count("dependent.wait()") == 1
+    assert "fetch_weight(" in ahead
+    assert "fetch_x(" not in ahead
+    fetch = body_at(text, text.index("{", text.index("void fetch_weight(")))
+    for touched in ("tiles.x", "x_share", "x_scale,", "weight_scale", "bias", "out"):
+        assert touched not in fetch, f"{touched} stands before the wait"
+    kernel = next(b for n, _, b in KERNELS if n == "eight_bit_kernel")
     roles = kernel[kernel.index("if (warp >= 8)") :]
     for registers in ("give_back_registers", "take_registers"):
         assert re.search(rf"{registers}<\d+>\(\);\s*dependent\.wait\(\);", roles)

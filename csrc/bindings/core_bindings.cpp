@@ -8,6 +8,7 @@
 #include "bindings/module.h"
 #include "fastgpt/check.h"
 #include "fastgpt/cpu_isa.h"
+#include "fastgpt/eight_bit.h"
 #include "fastgpt/gemm.h"
 #include "fastgpt/launch_scope.h"
 #include "fastgpt/thread_pool.h"
@@ -41,6 +42,14 @@ std::tuple<Shape, Shape, Shape> arranged_shape(const std::string& device_type,
   return {shape.packed, shape.scale, shape.zero_point};
 }
 
+bool has_eight_bit_product(const std::string& format, int cuda_device) {
+  FASTGPT_CHECK(format == "fp8" || format == "int8", "format is '", format,
+                "'; expected fp8 or int8");
+  const auto weight_format = format == "fp8" ? gemm::WeightFormat::kFp8 : gemm::WeightFormat::kInt8;
+  const DeviceType device_type = cuda_device < 0 ? DeviceType::kCPU : DeviceType::kCUDA;
+  return gemm::has_eight_bit_product(weight_format, {device_type, cuda_device, nullptr});
+}
+
 }  // namespace
 
 void bind_core(py::module_& m) {
@@ -55,6 +64,7 @@ void bind_core(py::module_& m) {
   m.def("overlap_launches", &overlap_launches);
   m.def("arranged_shape", &arranged_shape, py::arg("device_type"), py::arg("format"), py::arg("n"),
         py::arg("k"), py::arg("group_size"));
+  m.def("has_eight_bit_product", &has_eight_bit_product, py::arg("format"), py::arg("cuda_device"));
 }
 
 }  // namespace fastgpt::bindings

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "device/bulk.cuh"
+#include "device/blobs.cuh"
 #include "fastgpt/check.h"
 
 namespace fastgpt::device {
@@ -81,6 +81,12 @@ CUtensorMap word_map(const void* data, std::int64_t batches, std::int64_t tiles,
                    swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                    {words, blocks, tiles, batches}, {words * 4, blocks * words * 4, batch_stride},
                    {words, box_blocks, box_tiles, 1});
+}
+
+CUtensorMap blob_map(const void* data, std::int64_t tiles, std::int64_t blobs,
+                     std::int64_t tile_stride, int box_tiles) {
+  return encode<4>(data, CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_64B,
+                   {64, 16, blobs, tiles}, {64, 16 * 64, tile_stride}, {64, 16, 1, box_tiles});
 }
 
 }  // namespace fastgpt::device

@@ -19,7 +19,7 @@ def quantize(
         Path | None, typer.Option("--output", "-o", help="File to write, such as m.pt.")
     ] = None,
     policy: Annotated[
-        str, typer.Option(help="four-tier, fp8, int4, or a YAML or JSON file.")
+        str, typer.Option(help="four-tier, fp8, w8a8, int4, int3, or a YAML or JSON file.")
     ] = "four-tier",
     sensitive: Annotated[
         list[str] | None,

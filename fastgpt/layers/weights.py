@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.errors import CheckpointError, UnsupportedFormat
-from fastgpt.layers.linear import Linear, Projection, SplitLinear
+from fastgpt.layers.linear import Linear, Projection, SplitLinear, check_activations
 from fastgpt.layers.norm import RmsNorm
 from fastgpt.scheme import BLOCK, PLAIN_DTYPES, Format, QuantizedTensor
 
@@ -36,6 +36,10 @@ class WeightLoader:
         device: where the model runs.
         dtype: type of its activations.
         allocate: (shape, dtype, name) -> uninitialized tensor on `device`.
+
+    Attributes:
+        fewest_eight_bit_rows: rows of x that a layer rounds to eight bits, where its format says
+            so; None: those that gain from it.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class WeightLoader:
         self.device = device
         self.dtype = dtype
         self.allocate = allocate
+        self.fewest_eight_bit_rows: int | None = None
 
     def read(self, name: str, shape: tuple[int, ...]) -> Stored:
         """Return the stored weight after checking its shape and values.
@@ -98,17 +103,32 @@ class WeightLoader:
             biases: the module names that have a "<module name>.bias"; the others count as 0.
 
         Weights of one format become one matrix; otherwise each keeps its own.
+
+        Raises:
+            CheckpointError: as `read`.
+            UnsupportedFormat: if the device cannot multiply the activations a weight asks for.
         """
         stored = [self.read(f"{name}.weight", (rows, in_features)) for name, rows in parts]
         if self._can_join(stored):
             total = sum(rows for _, rows in parts)
             weight = self._place(joined_name, stored)
-            return Linear(weight, self._biases(joined_name, parts, biases), total)
+            bias = self._biases(joined_name, parts, biases)
+            activations = self._activations(stored[0])
+            return Linear(weight, bias, total, activations, self.fewest_eight_bit_rows)
         split = []
         for (name, rows), item in zip(parts, stored, strict=True):
             bias = self._biases(name, [(name, rows)], biases)
-            split.append(Linear(self._place(name, [item]), bias, rows))
+            activations = self._activations(item)
+            placed = self._place(name, [item])
+            split.append(Linear(placed, bias, rows, activations, self.fewest_eight_bit_rows))
         return SplitLinear(split)
+
+    def _activations(self, stored: Stored) -> str:
+        """Return what a weight is multiplied with; raises UnsupportedFormat if it cannot be."""
+        if isinstance(stored, Tensor):
+            return "16bit"
+        check_activations(stored.format.activations, self.device)
+        return stored.format.activations
 
     def experts(
         self, joined_name: str, experts: Sequence[Sequence[str]], rows: int, in_features: int

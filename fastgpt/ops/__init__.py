@@ -5,6 +5,13 @@ allocates otherwise. Shapes, dtypes and errors stand in each docstring.
 """
 
 from fastgpt.ops.attention import attention, attention_workspace_bytes, mla_attention
+from fastgpt.ops.eight_bit import (
+    QuantizedRows,
+    fewest_eight_bit_rows,
+    has_eight_bit_product,
+    linear_eight_bit,
+    quantize_rows,
+)
 from fastgpt.ops.gemm import ArrangedWeight, arrange, batched_linear, grouped_linear, linear
 from fastgpt.ops.kv_cache import rotary_write_kv, write_kv, write_mla
 from fastgpt.ops.moe import moe_combine, moe_route, moe_sort
@@ -24,6 +31,7 @@ from fastgpt.ops.sampling import penalize, record_tokens, sample
 
 __all__ = [
     "ArrangedWeight",
+    "QuantizedRows",
     "add_rms_norm",
     "arrange",
     "attention",
@@ -34,9 +42,12 @@ __all__ = [
     "dequantize_int4",
     "dequantize_int8",
     "embedding",
+    "fewest_eight_bit_rows",
     "gptq_round",
     "grouped_linear",
+    "has_eight_bit_product",
     "linear",
+    "linear_eight_bit",
     "mla_attention",
     "moe_combine",
     "moe_route",
@@ -46,6 +57,7 @@ __all__ = [
     "quantize_fp8",
     "quantize_int4",
     "quantize_int8",
+    "quantize_rows",
     "record_tokens",
     "rms_norm",
     "rotary",

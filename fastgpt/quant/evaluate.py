@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt import ops
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.layers.weights import Source
 from fastgpt.memory import GPTMemoryPool
@@ -128,6 +129,7 @@ class Evaluation:
         if self._answers is None:
             beside = [self._states(read, dtype) for dtype in (torch.float32, torch.bfloat16)]
         stored: list[HiddenStates] = []
+        activations: set[str] = set()
         for index, run in itertools.groupby(tensors, lambda item: layer_index(item[0])):
             if index is None or index >= self._config.num_layers:
                 for name, tensor in run:
@@ -138,6 +140,8 @@ class Evaluation:
             layer: dict[str, Stored] = {}
             for name, tensor in run:
                 layer[name] = tensor
+                if isinstance(tensor, QuantizedTensor) and tensor.format.activations != "16bit":
+                    activations.add(tensor.format.activations)
                 yield name, tensor
             stored = stored or [self._states(read_rest, dtype) for dtype in self._dtypes]
             for states in beside:
@@ -155,6 +159,11 @@ class Evaluation:
             stored[0].logits(read_rest),
         )
         self.figures["arithmetic"] = f"{_name(stored[0].dtype)} on {self._device.type}"
+        if activations:
+            fewest = ops.fewest_eight_bit_rows(self._device)
+            self.figures["arithmetic"] += (
+                f", {' and '.join(sorted(activations))} activations from {fewest} rows on"
+            )
 
     def _states(self, read: Source, dtype: torch.dtype) -> HiddenStates:
         return HiddenStates(

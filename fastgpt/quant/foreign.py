@@ -17,6 +17,7 @@ from fastgpt import ops
 from fastgpt.checkpoint.container import Container, Metadata
 from fastgpt.checkpoint.writer import write_container
 from fastgpt.errors import CheckpointError, ConfigError
+from fastgpt.layers.linear import check_activations, multiply
 from fastgpt.quant.policy import Parameter, Policy
 from fastgpt.quant.report import Report
 from fastgpt.quant.rounding import round_tensor
@@ -73,7 +74,9 @@ class QuantizedLinear(nn.Module):
         """Return x @ weight.T + bias; the first call arranges the weight for the kernels."""
         if self._arranged is None:
             self._arranged = _arrange(self.stored())
-        y = ops.linear(x.reshape(-1, self.in_features), self._arranged, self.bias)
+            check_activations(self.format.activations, x.device)
+        rows = x.reshape(-1, self.in_features)
+        y = multiply(rows, self._arranged, self.bias, self.format.activations)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

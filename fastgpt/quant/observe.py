@@ -249,12 +249,15 @@ class HiddenStates:
                 yield head(rows, out=out)
 
     def _loader(self, source: Source, cls: type[WeightLoader]) -> WeightLoader:
-        return cls(
+        loader = cls(
             source,
             self.device,
             self.dtype,
             lambda shape, dtype, name: torch.empty(shape, dtype=dtype, device=self.device),
         )
+        # What many rows lose must not depend on how long the measured sequences are.
+        loader.fewest_eight_bit_rows = 1
+        return loader
 
     def _load(
         self,

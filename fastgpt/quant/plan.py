@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.errors import CheckpointError, ConfigError
@@ -14,10 +14,11 @@ from fastgpt.quant.layerwise import layer_index
 from fastgpt.quant.policy import Parameter, Policy
 from fastgpt.scheme import Format
 
-__all__ = ["MTP_ROLE", "PlannedTensor", "blocks_of", "plan_family"]
+__all__ = ["MTP_ROLE", "PlannedTensor", "blocks_of", "keep_wide_rows", "plan_family"]
 
 MTP_ROLE = "mtp"
 _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # computed from the configuration, not a weight
+_SIXTEEN_BIT_ROWS = re.compile(r"\.experts\.\d+\.|\.kv_b_proj\.|embed_tokens\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ def plan_family(checkpoint: Checkpoint, policy: Policy) -> tuple[list[PlannedTen
             notes.append(f"{spec.name} is kept: no weight can absorb what a binary gain loses")
             fmt = None
         planned.append(PlannedTensor(spec.name, spec.shape, spec.role, fmt, spec.consumers))
+    planned = keep_wide_rows(planned)
     _check_experts_share_a_format(planned)
     _check_roles_took_bytes(planned, policy)
     for name in mtp:
@@ -84,6 +86,19 @@ def plan_family(checkpoint: Checkpoint, policy: Policy) -> tuple[list[PlannedTen
     if mtp:
         notes.append(f"{len(mtp)} multi-token prediction weights are kept in bf16 and not loaded")
     return planned, notes
+
+
+def keep_wide_rows(planned: Iterable[PlannedTensor]) -> list[PlannedTensor]:
+    """Return the plan without eight-bit activations where products have none.
+
+    Rows of experts are gathered, MLA's kv_b_proj is split by heads, an embedding is looked up.
+    """
+    return [
+        replace(item, format=replace(item.format, activations="16bit"))
+        if item.format is not None and _SIXTEEN_BIT_ROWS.search(item.name)
+        else item
+        for item in planned
+    ]
 
 
 def blocks_of(planned: Iterable[PlannedTensor]) -> list[list[PlannedTensor]]:
@@ -110,7 +125,10 @@ def _check_experts_share_a_format(planned: list[PlannedTensor]) -> None:
 
 def _check_roles_took_bytes(planned: list[PlannedTensor], policy: Policy) -> None:
     for role in policy.required:
-        if all(item.format != policy.roles[role] for item in planned if item.role == role):
+        wanted = replace(policy.roles[role], activations="16bit")
+        formats = [i.format and replace(i.format, activations="16bit") for i in planned
+                   if i.role == role]  # fmt: skip
+        if wanted not in formats:
             raise ConfigError(
                 f"{role}: {policy.roles[role]} took no bytes: no parameter of that role can be "
                 f"stored so in this model; remove the key {role!r}"

@@ -12,7 +12,7 @@ import torch
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.errors import ConfigError
 from fastgpt.quant.allocate import Additivity, Budget, Option, Unit, keep_sensitive, solve
-from fastgpt.quant.plan import PlannedTensor, plan_family
+from fastgpt.quant.plan import PlannedTensor, keep_wide_rows, plan_family
 from fastgpt.quant.policy import Policy
 from fastgpt.quant.refine import MeasuredPlan, Step, measure_plan, rescaled, steps_around
 from fastgpt.quant.rotation import RotatedCheckpoint, why_not_rotated
@@ -308,7 +308,7 @@ class Planner:
         )
         self._options = solution.options
         formats = {
-            name: option.format
+            name: self._policy.with_activations(option.format)
             for unit, option in zip(self._units, solution.options, strict=True)
             for name in unit.names
         }
@@ -328,10 +328,10 @@ class Planner:
                 for unit in self._units
             ],
         }
-        return [
+        return keep_wide_rows(
             replace(item, format=formats[item.name]) if item.name in formats else item
             for item in planned
-        ]
+        )
 
 
 def _loss_of(top1: float) -> float:

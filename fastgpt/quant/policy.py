@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastgpt.errors import ConfigError
-from fastgpt.scheme import Format, suggest
+from fastgpt.scheme import EIGHT_BIT, Format, suggest
 
 __all__ = ["PRESETS", "QUANTIZED_ROLES", "Parameter", "Policy"]
 
@@ -35,6 +35,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "io_layers": "fp16",
         "default": "fp8",
     },
+    # fp8 weights and, where the device multiplies them faster, fp8 activations.
+    "w8a8": {
+        "attention_weights": "fp8",
+        "residual_connections": "fp8",
+        "io_layers": "fp16",
+        "default": "fp8",
+        "activations": "auto",
+    },
     "int3": {
         "attention_weights": {"format": "int3", "symmetric": False},
         "residual_connections": {"format": "int3", "symmetric": False},
@@ -50,7 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 _IMPLIED = {"io_layers": "fp16"}  # a configuration that does not name these roles means this
-_KEYS = (*QUANTIZED_ROLES, "overrides", "sensitive")
+_KEYS = (*QUANTIZED_ROLES, "overrides", "sensitive", "activations")
+_ACTIVATIONS = ("16bit", *EIGHT_BIT, "auto")
 _FP16 = Format("fp16")
 
 
@@ -81,12 +90,17 @@ class Policy:
         overrides: (regular expression searched in the full name, format), first match wins.
         sensitive: dotted names, or parts of them: "lm_head", "layers.0", "layers.3.mlp.down_proj".
         required: roles that the user named; each must match a parameter.
+        activations: of the formats that name none: "16bit"; "fp8" or "int8", for weights of that
+            format; "auto", for weights of either where the device gains from it.
+        gains: the formats for which the device does; see `on`.
     """
 
     roles: Mapping[str, Format]
     overrides: tuple[tuple[str, Format], ...] = ()
     sensitive: tuple[str, ...] = ()
     required: frozenset[str] = frozenset()
+    activations: str = "16bit"
+    gains: frozenset[str] = frozenset()
 
     @staticmethod
     def parse(
@@ -96,8 +110,9 @@ class Policy:
 
         Args:
             config: role -> format, plus `overrides` (a mapping or a list of pairs, regular
-                expression -> format) and `sensitive` (names); or the name of a preset; None means
-                "four-tier". Roles it does not name are kept as they are, io_layers becomes fp16.
+                expression -> format), `sensitive` (names) and `activations`; or the name of a
+                preset; None means "four-tier". Roles it does not name are kept as they are,
+                io_layers becomes fp16.
             sensitive: more names that stay fp16.
 
         Raises:
@@ -111,8 +126,10 @@ class Policy:
                     f"unknown policy {name!r}{hint}; presets: {', '.join(PRESETS)}; "
                     "or give a mapping from roles to formats"
                 )
-            roles = {role: Format.parse(value, role) for role, value in PRESETS[name].items()}
-            return Policy(roles, (), _names_of(sensitive, "sensitive"))
+            preset = dict(PRESETS[name])
+            activations = preset.pop("activations", "16bit")
+            roles = {r: _parse_format(value, r, activations) for r, value in preset.items()}
+            return Policy(roles, (), _names_of(sensitive, "sensitive"), activations=activations)
         if not isinstance(config, Mapping):
             raise ConfigError(f"config is {config!r}; expected a mapping from roles to formats")
         for key in config:
@@ -120,24 +137,62 @@ class Policy:
                 hint = suggest(str(key), _KEYS)
                 raise ConfigError(f"unknown key {key!r}{hint}; known: {', '.join(_KEYS)}")
         named = {role: config[role] for role in QUANTIZED_ROLES if role in config}
+        activations = config.get("activations", "16bit")
+        if activations not in _ACTIVATIONS:
+            raise ConfigError(
+                f"activations is {activations!r}{suggest(str(activations), _ACTIVATIONS)}; "
+                f"expected one of {', '.join(_ACTIVATIONS)}"
+            )
+        roles = {r: _parse_format(v, r, activations) for r, v in {**_IMPLIED, **named}.items()}
         return Policy(
-            roles={r: Format.parse(v, r) for r, v in {**_IMPLIED, **named}.items()},
-            overrides=_parse_overrides(config.get("overrides", ())),
+            roles=roles,
+            overrides=_parse_overrides(config.get("overrides", ()), activations),
             sensitive=(
                 *_names_of(config.get("sensitive", ()), "sensitive"),
                 *_names_of(sensitive, "sensitive"),
             ),
             required=frozenset(named),
+            activations=activations,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the configuration that `parse` turns back into this policy."""
-        out: dict[str, Any] = {role: fmt.to_json() for role, fmt in self.roles.items()}
+        out: dict[str, Any] = {role: self._format_json(fmt) for role, fmt in self.roles.items()}
         if self.overrides:
-            out["overrides"] = [[pattern, fmt.to_json()] for pattern, fmt in self.overrides]
+            out["overrides"] = [[pattern, self._format_json(f)] for pattern, f in self.overrides]
         if self.sensitive:
             out["sensitive"] = list(self.sensitive)
+        if self.activations != "16bit":
+            out["activations"] = self.activations
         return out
+
+    def _format_json(self, fmt: Format) -> dict[str, Any]:
+        """Return a format's mapping; what the policy's activations would change is spelled out."""
+        out = fmt.to_json()
+        if fmt.name in EIGHT_BIT and self.activations != "16bit":
+            out["activations"] = fmt.activations
+        return out
+
+    def on(self, gains: Collection[str]) -> Policy:
+        """Return the same policy for a device, with every format's "auto" decided.
+
+        gains: formats whose products with activations of that format the device makes faster.
+        """
+        known = replace(self, gains=frozenset(gains))
+        return replace(
+            known,
+            roles={role: known._decided(fmt) for role, fmt in self.roles.items()},
+            overrides=tuple((pattern, known._decided(fmt)) for pattern, fmt in self.overrides),
+        )
+
+    def with_activations(self, fmt: Format | None) -> Format | None:
+        """Return a format that no rule names, as a budget chooses it, with its activations."""
+        return fmt and self._decided(_with_activations(fmt, self.activations))
+
+    def _decided(self, fmt: Format) -> Format:
+        if fmt.activations != "auto":
+            return fmt
+        return replace(fmt, activations=fmt.name if fmt.name in self.gains else "16bit")
 
     def pins(self, name: str) -> bool:
         """Tell whether an override or a sensitive name, not a role, decides a parameter."""
@@ -206,6 +261,18 @@ class Policy:
                 )
 
 
+def _parse_format(value: Any, where: str, activations: str) -> Format:
+    """Return a format; one that does not name its activations takes the policy's."""
+    fmt = Format.parse(value, where)
+    named = isinstance(value, Format) or (isinstance(value, Mapping) and "activations" in value)
+    return fmt if named else _with_activations(fmt, activations)
+
+
+def _with_activations(fmt: Format, activations: str) -> Format:
+    takes = fmt.name in EIGHT_BIT and activations in (fmt.name, "auto")
+    return replace(fmt, activations=activations) if takes else fmt
+
+
 def _check_storable(parameter: Parameter, fmt: Format, rule: str) -> None:
     try:
         fmt.parts(parameter.shape)
@@ -213,7 +280,7 @@ def _check_storable(parameter: Parameter, fmt: Format, rule: str) -> None:
         raise ConfigError(f"{rule} covers {parameter.name}: {error}") from None
 
 
-def _parse_overrides(value: Any) -> tuple[tuple[str, Format], ...]:
+def _parse_overrides(value: Any, activations: str) -> tuple[tuple[str, Format], ...]:
     pairs = list(value.items()) if isinstance(value, Mapping) else value
     if not isinstance(pairs, (list, tuple)):
         raise ConfigError(f"overrides is {value!r}; expected a mapping or a list of pairs")
@@ -228,7 +295,7 @@ def _parse_overrides(value: Any) -> tuple[tuple[str, Format], ...]:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(f"override {pattern!r} is no regular expression: {error}") from None
-        out.append((pattern, Format.parse(fmt, f"override {pattern!r}")))
+        out.append((pattern, _parse_format(fmt, f"override {pattern!r}", activations)))
     return tuple(out)
 
 

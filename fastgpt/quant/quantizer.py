@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch import nn
 
-from fastgpt import _C
+from fastgpt import _C, ops
 from fastgpt.checkpoint.base import Checkpoint
 from fastgpt.checkpoint.container import FORMAT_VERSION, Container, Metadata
 from fastgpt.checkpoint.writer import ContainerWriter
@@ -40,6 +40,7 @@ from fastgpt.quant.report import Report
 from fastgpt.quant.run import check_room, header_room, named_errors, run_blocks, write_blocks
 from fastgpt.quant.search import is_searched
 from fastgpt.quant.sources import TextFiles, module_checkpoint, open_source, text_of_module
+from fastgpt.scheme import EIGHT_BIT
 
 __all__ = ["QuantizedModel", "Quantizer"]
 
@@ -112,12 +113,14 @@ class Quantizer:
         self.budget = None if budget is None else Budget.parse(budget)
         self.calibration = Calibration.parse(calibration)
         self._keeps_sensitive = sensitive == "auto"
-        self.policy = Policy.parse(config, () if self._keeps_sensitive else sensitive)
-        self.report = Report()
         if rotate not in ("never", "always", "auto"):
             raise ConfigError(f"rotate is {rotate!r}; expected 'never', 'always' or 'auto'")
         self._rotate = rotate
         self._device = None if device is None else torch.device(device)
+        self.policy = Policy.parse(config, () if self._keeps_sensitive else sensitive).on(
+            _eight_bit_gains(self._device or torch.device("cpu"))
+        )
+        self.report = Report()
         self._in_place = in_place
         self.certificate: dict[str, Any] = {}
         self._tokens: tuple[list[list[int]], list[list[int]]] | None = None
@@ -458,6 +461,11 @@ class Quantizer:
             chat_template=self._text.chat_template,
             generation_config=self._text.generation_config,
         )
+
+
+def _eight_bit_gains(device: torch.device) -> list[str]:
+    """Return the formats whose activations the device multiplies faster than 16-bit ones."""
+    return [name for name in EIGHT_BIT if ops.has_eight_bit_product(name, device)]
 
 
 def _version() -> str:

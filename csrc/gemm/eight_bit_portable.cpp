@@ -1,0 +1,9 @@
+#include "gemm/eight_bit_words.h"
+// The kernels below are written over Dot.
+#include "gemm/eight_bit_kernel.h"
+
+namespace fastgpt::gemm {
+
+EightBitKernels eight_bit_kernels_portable() { return {quantize_int8, multiply}; }
+
+}  // namespace fastgpt::gemm
