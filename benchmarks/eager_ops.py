@@ -120,6 +120,11 @@ def row_cases(rows: int, dtype: torch.dtype) -> list[Case]:
     return [Case(op, shape, *pair) for op, pair in pairs.items()]
 
 
+def eager_quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = x.abs().amax(-1, keepdim=True).float() / 127
+    return (x.float() / scale).round_().to(torch.int8), scale
+
+
 def product_cases(rows: int, dtype: torch.dtype) -> list[Case]:
     """Products with one weight, in every format; torch multiplies by the 16- or 32-bit weight."""
     cases = []
@@ -143,6 +148,28 @@ def product_cases(rows: int, dtype: torch.dtype) -> list[Case]:
             )
             for op, w in arranged.items()
         ]
+        for op, form in (("linear_fp8_fp8", "fp8"), ("linear_int8_int8", "int8")):
+            codes = ops.quantize_rows(x, format=form)
+            cases.append(
+                Case(
+                    op,
+                    f"{name} {rows} rows {name_of(dtype)}",
+                    lambda codes=codes, w=arranged[f"linear_{form}"]: ops.linear_eight_bit(
+                        codes, w
+                    ),
+                    lambda x=x, weight=weight: functional.linear(x, weight),
+                )
+            )
+        if name == "qkv":
+            continue  # as wide as gate_up
+        cases.append(
+            Case(
+                "quantize_rows",
+                f"{rows} x {k} {name_of(dtype)}",
+                lambda x=x: ops.quantize_rows(x, format="int8"),
+                lambda x=x: eager_quantize_rows(x),
+            )
+        )
     x, heads = randn(rows, MLA_HEADS, 128, dtype=dtype), randn(MLA_HEADS, LATENT, 128, dtype=dtype)
     cases.append(
         Case(
