@@ -11,8 +11,7 @@
 //
 // e4m3: tensor cores add with about 14 bits, so the sums of each stage start at zero and are added,
 // times the scales of its groups, to float32 sums of their own: 2 x kRows / 2 registers, which is
-// why tiles end at 192 rows. While one warp group adds, the other one multiplies; making the second
-// one start each tile behind the first one's first products cost a fifth.
+// why tiles end at 192 rows. While one warp group adds, the other one multiplies.
 // int8: sums are exact; one set, and tiles of 256 rows.
 #pragma once
 #include "device/blobs.cuh"
