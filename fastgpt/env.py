@@ -50,7 +50,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "FASTGPT_DISABLE_PDL",
         "0",
-        "1: a decode kernel starts when the one before has ended, not while it runs.",
+        "1: kernels start when the one before has ended, not while it runs, but for the two of an attention.",
     ),
 )
 
