@@ -50,7 +50,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "FASTGPT_DISABLE_PDL",
         "0",
-        "1: kernels start when the one before has ended, not while it runs, but for the two of an attention.",
+        "1: a kernel starts when the one before has ended, but for the second of one attention.",
     ),
 )
 
