@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastgpt import _C
-from fastgpt.errors import InvalidArgument
+from fastgpt.errors import DeviceError, InvalidArgument
 from fastgpt.memory.plug import pluggable_allocator
 from fastgpt.memory.report import PoolEntry, PoolStats, torch_snapshot
 from fastgpt.units import resolve_bytes
@@ -23,6 +24,7 @@ __all__ = ["GPTMemoryPool", "device_memory"]
 
 _CONTENTS = {"undefined": 0, "zero": 1, "keep": 2}
 _HANDLE_BYTES = 64 << 20
+_MAX_BYTES = 2**63 - 1
 _DEFAULT_BUDGET = "0.9"  # of what is free when the pool is made
 
 # DLPack's (code, bits) of the types it knows; others travel as bytes.
@@ -53,17 +55,63 @@ def device_memory(device: torch.device | str) -> tuple[int, int]:
     Raises:
         DeviceError: if the device is not there or this build has no CUDA.
     """
-    free, total = _C.device_memory(_cuda_index(torch.device(device)))
+    free, total = _C.device_memory(_device(device)[1])
     return int(free), int(total)
 
 
-def _cuda_index(device: torch.device) -> int:
-    """Return the CUDA index of a device, -1 for the CPU."""
-    if device.type == "cpu":
-        return -1
-    if device.type != "cuda":
-        raise InvalidArgument(f"device is {device}; expected cpu or cuda[:index]")
-    return device.index if device.index is not None else torch.cuda.current_device()
+def _device(device: torch.device | str) -> tuple[torch.device, int]:
+    """Return a device with its index, and the CUDA index, -1 for the CPU.
+
+    Raises:
+        InvalidArgument: for another kind of device.
+        DeviceError: if torch finds no CUDA device.
+    """
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InvalidArgument(f"device is {device!r}; expected cpu or cuda[:index]") from None
+    if parsed.type == "cpu" and not parsed.index:
+        return torch.device("cpu"), -1
+    if parsed.type != "cuda":
+        raise InvalidArgument(f"device is {parsed}; expected cpu or cuda[:index]")
+    if parsed.index is None:
+        if not torch.cuda.is_available():
+            raise DeviceError("device is cuda, but torch finds none; see `fastgpt doctor`")
+        parsed = torch.device("cuda", torch.cuda.current_device())
+    return parsed, parsed.index
+
+
+def _sizes(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Return a shape as a tuple of ints.
+
+    Raises:
+        InvalidArgument: if it is none, or its bytes are not a 63-bit number.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidArgument(f"dtype is {dtype!r}; expected a torch.dtype, e.g. torch.float16")
+    try:
+        sizes = tuple(index(size) for size in shape)
+    except TypeError:
+        raise InvalidArgument(f"shape is {shape!r}; expected a sequence of integers") from None
+    if sizes and min(sizes) < 0:
+        raise InvalidArgument(f"shape is {sizes}; sizes cannot be negative")
+    if prod(sizes) * dtype.itemsize > _MAX_BYTES or max(sizes, default=0) > _MAX_BYTES:
+        raise InvalidArgument(f"shape is {sizes} of {dtype}; a tensor has less than 2^63 bytes")
+    return sizes
+
+
+def _check_name(layer_name: str | None) -> None:
+    """Raise InvalidArgument unless this is None or a name that UTF-8 can hold."""
+    if layer_name is None:
+        return
+    if not isinstance(layer_name, str):
+        raise InvalidArgument(f"layer_name is {layer_name!r}; expected a str or None")
+    if layer_name == "":
+        raise InvalidArgument("layer_name is empty; pass None for a buffer without a name")
+    try:
+        layer_name.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"layer_name is {layer_name!r}; UTF-8 cannot hold it") from None
 
 
 def _swap_handle_bytes(budget_bytes: int, smallest: int) -> int:
@@ -112,7 +160,8 @@ class GPTMemoryPool:
         current_stream: returns torch's current stream of the device as a number.
 
     Raises:
-        InvalidArgument: for another device or an unreadable budget.
+        InvalidArgument: for another device.
+        ConfigError: for an unreadable budget.
         DeviceError: if the device is not there.
 
     >>> pool = GPTMemoryPool("cpu", budget="1GiB")
@@ -129,10 +178,7 @@ class GPTMemoryPool:
         *,
         host_budget: int | str | None = None,
     ) -> None:
-        self.device = torch.device(device)
-        index = _cuda_index(self.device)
-        if index >= 0:
-            self.device = torch.device("cuda", index)
+        self.device, cuda_index = _device(device)
         free, _total = device_memory(self.device)
         self.budget_bytes = resolve_bytes(_DEFAULT_BUDGET if budget is None else budget, free)
         if self.budget_bytes > free:
@@ -142,10 +188,12 @@ class GPTMemoryPool:
             host_bytes = resolve_bytes(host_budget, device_memory("cpu")[0])
         handle_bytes = _HANDLE_BYTES
         if host_budget is not None:
-            handle_bytes = _swap_handle_bytes(self.budget_bytes, 64 << 10 if index < 0 else 2 << 20)
-        self._pool = _C.MemoryPool(index, self.budget_bytes, handle_bytes, host_bytes)
+            handle_bytes = _swap_handle_bytes(
+                self.budget_bytes, 64 << 10 if cuda_index < 0 else 2 << 20
+            )
+        self._pool = _C.MemoryPool(cuda_index, self.budget_bytes, handle_bytes, host_bytes)
         self._pid = os.getpid()
-        self.current_stream = _stream_getter(index)
+        self.current_stream = _stream_getter(cuda_index)
         self._recent: dict[str | None, _Recent] = {}
         self._num_changes = 0
         self._lock = threading.Lock()
@@ -176,7 +224,8 @@ class GPTMemoryPool:
 
         Raises:
             OutOfMemory: if budget or device have no room; names the largest entries.
-            InvalidArgument: for a negative size, an unknown contents or an empty name.
+            InvalidArgument: for sizes that are negative, no integers or too large, an unknown
+                contents, no dtype, or a name that is empty or no text.
         """
         recent = self._recent.get(layer_name)
         if (
@@ -196,11 +245,8 @@ class GPTMemoryPool:
         """Do what allocate says, whatever was asked before."""
         if contents not in _CONTENTS:
             raise InvalidArgument(f"contents is {contents!r}; expected one of {list(_CONTENTS)}")
-        sizes = shape if type(shape) is tuple else tuple(int(size) for size in shape)
-        if sizes and min(sizes) < 0:
-            raise InvalidArgument(f"shape is {sizes}; sizes cannot be negative")
-        if layer_name == "":
-            raise InvalidArgument("layer_name is empty; pass None for a buffer without a name")
+        sizes = _sizes(shape, dtype)
+        _check_name(layer_name)
         if os.getpid() != self._pid:
             raise InvalidArgument(
                 f"this pool belongs to process {self._pid}, this is {os.getpid()}; "
@@ -237,6 +283,12 @@ class GPTMemoryPool:
             self._recent.pop(layer_name, None)
             self._num_changes += 1
             return self._num_changes
+
+    def _forget_all(self) -> None:
+        """Drop what is remembered of every name."""
+        with self._lock:
+            self._recent.clear()
+            self._num_changes += 1
 
     def free(self, layer_name: str) -> None:
         """Forget a name; its memory returns to the arena with the last tensor that holds it.
@@ -300,7 +352,7 @@ class GPTMemoryPool:
                 leased, or held by tensors and not in the schedule; then nothing moves.
             OutOfMemory: if the host budget has no room.
         """
-        self._recent.clear()
+        self._forget_all()
         self._pool.evict_all(list(layer_names))
 
     def restore(self, *layer_names: str) -> None:
@@ -330,7 +382,7 @@ class GPTMemoryPool:
 
     def release_stream(self, stream: "torch.cuda.Stream") -> None:
         """Forget a stream before it is destroyed."""
-        self._recent.clear()
+        self._forget_all()
         self._pool.release_stream(int(stream.cuda_stream))
 
     def open_window(self, window: Tensor, parts: Sequence[Sequence[str]]) -> "_C.WeightWindow":
@@ -392,7 +444,7 @@ class GPTMemoryPool:
         """
         self._pool.start_trace(os.fspath(path))
         remembers, self._remembers = self._remembers, False  # a hit is a line, too
-        self._recent.clear()
+        self._forget_all()
         try:
             yield
         finally:
@@ -408,7 +460,7 @@ class GPTMemoryPool:
 
     def entries(self) -> list[PoolEntry]:
         """Return the named buffers, largest first."""
-        self._recent.clear()
+        self._forget_all()
         return [PoolEntry(*entry) for entry in self._pool.entries()]
 
     def trim(self) -> int:

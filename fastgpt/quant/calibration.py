@@ -129,7 +129,11 @@ def token_sequences(
         calibration = replace(calibration, num_sequences=count)
         sequences = _own_generations(calibration, checkpoint, device, length)
     elif isinstance(source, (str, os.PathLike)):
-        ids = _tokenizer(checkpoint).encode(Path(source).read_text("utf-8"))
+        try:
+            text = Path(source).read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{source}: calibration text is not UTF-8: {error}") from None
+        ids = _tokenizer(checkpoint).encode(text)
         sequences = [ids[i : i + length] for i in range(0, len(ids), length)]
     else:
         sequences = [

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -334,3 +335,32 @@ def test_pool_stats_identity_holds_after_every_operation(swapping: GPTMemoryPool
         )  # fmt: skip
         assert s.reserved_bytes == sum(parts)
         assert s.reserved_bytes <= s.budget_bytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "name", "message"),
+    [
+        ((2**40, 2**40), torch.float32, None, "less than 2\\^63 bytes"),
+        ((2**63,), torch.uint8, None, "less than 2\\^63 bytes"),
+        ((0, 2**64), torch.uint8, None, "less than 2\\^63 bytes"),
+        ([1.5], torch.float32, None, "sequence of integers"),
+        ("12", torch.float32, None, "sequence of integers"),
+        (3, torch.float32, None, "sequence of integers"),
+        ((3,), "float32", None, "expected a torch.dtype"),
+        ((3,), torch.float32, 5, "expected a str or None"),
+        ((3,), torch.float32, "layer\ud800", "UTF-8 cannot hold it"),
+    ],
+)
+def test_arguments_no_tensor_can_have_are_named(
+    shape: Any, dtype: Any, name: Any, message: str
+) -> None:
+    pool = GPTMemoryPool("cpu", budget="1MiB")
+    with pytest.raises(InvalidArgument, match=message):
+        pool.allocate(shape, name, dtype)
+    assert pool.entries() == []
+
+
+@pytest.mark.parametrize("device", ["foo", None, "cpu:3", "meta"])
+def test_devices_without_a_pool_are_named(device: Any) -> None:
+    with pytest.raises(InvalidArgument, match="expected cpu or cuda"):
+        GPTMemoryPool(device, budget="1MiB")
