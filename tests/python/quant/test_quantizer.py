@@ -172,6 +172,14 @@ def test_quantizer_mistakes_are_named(reference, directory, tmp_path):
         Quantizer(directory, model_config={})
 
 
+def test_calibration_text_must_be_utf8(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    asset = Path(fastgpt.__file__).parent / "assets/tiny-qwen"
+    quantizer = Quantizer(asset, calibration=tmp_path / "latin.txt")
+    with pytest.raises(ConfigError, match=r"latin\.txt: calibration text is not UTF-8"):
+        quantizer.convert(progress=False)
+
+
 def test_quantizer_never_runs_a_pickle(reference, tmp_path):
     torch.save(reference, tmp_path / "module.pt")
     with pytest.raises(CheckpointError, match=r"weights_only=False\) and pass the module"):
