@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, default=ROOT / "build/gpu_check")
     parser.add_argument("--skip", default="", help="comma-separated: tests, sanitizer, speed")
     parser.add_argument(
-        "--limit", type=float, default=100, help="seconds after which tests are stopped"
+        "--limit", type=float, default=180, help="seconds after which tests are stopped"
     )
     args = parser.parse_args()
     args.log.mkdir(parents=True, exist_ok=True)
