@@ -1,39 +1,23 @@
 """fastgpt.ops.eight_bit: codes against their definition, products against those of the numbers that
 the codes stand for, in float64."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from compare import HALF_STEP, poisoned
+from instruction_sets import instruction_set
 from torch import Tensor
 
-from fastgpt import _C, ops
+from fastgpt import ops
 from fastgpt.errors import InvalidArgument, UnsupportedFormat
 
 from oracle import gemm as oracle
 from shapes import FLOATS
 
 FORMATS = ["fp8", "fp8_block", "int8"]
-BEST = _C.cpu_isa()
 ISAS = ["portable", "avx2", "avx512"]
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 # (rows, k, n): 1, primes, one below and above a block, more rows than a tile, a long k.
 SHAPES = [(1, 1, 1), (3, 7, 5), (2, 131, 63), (7, 256, 65), (37, 300, 130), (70, 700, 257)]
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """Run CPU kernels of one set; a set this processor lacks is skipped, not replaced."""
-    try:
-        try:
-            _C.set_cpu_isa(name)
-        except InvalidArgument as error:
-            pytest.skip(str(error))
-        yield
-    finally:
-        _C.set_cpu_isa(BEST)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -3,15 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from compare import HALF_STEP, poisoned
+from instruction_sets import instruction_set
 from torch import Tensor
 
-from fastgpt import _C, ops
+from fastgpt import ops
 from fastgpt.errors import InvalidArgument, UnsupportedFormat
 
 from oracle import gemm as oracle
@@ -21,24 +20,7 @@ FORMATS = ["rows", "fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "
 DENSE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (rows, k, n): 1, primes, one below and above a block, more rows than a tile, a long k.
 SHAPES = [(1, 1, 1), (3, 7, 5), (2, 131, 63), (7, 256, 65), (37, 300, 130), (1, 1536, 256)]
-BEST = _C.cpu_isa()
 ISAS = ["portable", "avx2", "avx512", "avx512bf16"]
-
-
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    """Run CPU kernels of one set; a set this processor lacks is skipped, not replaced."""
-    default = _C.use_bf16_dot()
-    try:
-        try:
-            _C.set_cpu_isa(name.removesuffix("bf16"))
-            _C.set_bf16_dot(name == "avx512bf16")
-        except InvalidArgument as error:
-            pytest.skip(str(error))
-        yield
-    finally:
-        _C.set_cpu_isa(BEST)
-        _C.set_bf16_dot(default)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
